@@ -1,0 +1,1 @@
+"""mover: moves one tenant's rows between live PostgreSQL databases."""

@@ -1,0 +1,128 @@
+"""What can go wrong, where, and what follows. A text here never holds a row's value or a secret."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from mover.core.ids import Lsn, TableRef, TenantId
+
+
+class Remedy(StrEnum):
+    """What the engine does with an error; it looks at nothing else."""
+
+    RETRY = "retry"  # passes by itself: try the phase again after a back-off
+    PAUSE = "pause"  # needs an operator: stop, keep everything, resume later
+    ABORT = "abort"  # cannot succeed: undo everything we made, then `failed`
+    HALT = "halt"  # a promise may be broken: touch nothing more, raise the alarm
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where an error happened."""
+
+    tenant: TenantId | None = None
+    table: TableRef | None = None
+    lsn: Lsn | None = None
+
+
+@dataclass
+class MoverError(Exception):
+    """Base of all errors that an operator sees. `code` is stable and machine-readable."""
+
+    message: str
+    where: Where = field(default_factory=Where)
+    hint: str | None = None
+
+    code = "internal"
+    remedy = Remedy.ABORT
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+
+
+class Unreachable(MoverError):
+    """A server does not answer, or the connection broke; the next attempt may succeed."""
+
+    code, remedy = "unreachable", Remedy.RETRY
+
+
+class LockNotAvailable(MoverError):
+    """A lock on a shared table was not free within our short timeout."""
+
+    code, remedy = "lock_not_available", Remedy.RETRY
+
+
+class LeaseLost(MoverError):
+    """Another daemon owns the migration now; this one must stop at once and touch nothing."""
+
+    code, remedy = "lease_lost", Remedy.HALT
+
+
+class Refused(MoverError):
+    """Preflight or policy says no; nothing was changed."""
+
+    code, remedy = "refused", Remedy.ABORT
+
+
+class SlotLost(MoverError):
+    """The source dropped WAL that we still needed, or the slot is not the one we made."""
+
+    code, remedy = "slot_lost", Remedy.ABORT
+
+
+class SchemaChanged(MoverError):
+    """The source's tables changed in a way that cannot be followed without an operator."""
+
+    code, remedy = "schema_changed", Remedy.PAUSE
+
+
+class ApplyConflict(MoverError):
+    """A change does not fit the target's rows: another tenant's row, or a row that is not there."""
+
+    code, remedy = "apply_conflict", Remedy.ABORT
+
+
+class VerificationFailed(MoverError):
+    """Source and target differ at a consistent point; nothing is switched."""
+
+    code, remedy = "verification_failed", Remedy.ABORT
+
+
+class CutoverAborted(MoverError):
+    """The fence gave up within its budget and writers went on at the source; tried again later."""
+
+    code, remedy = "cutover_aborted", Remedy.RETRY
+
+
+class OutcomeUnknown(MoverError):
+    """The decision was sent and its answer was lost; the fence stays closed until it is known."""
+
+    code, remedy = "outcome_unknown", Remedy.RETRY
+
+
+class ServerChanged(MoverError):
+    """A server's identity or timeline is not the one this migration began with."""
+
+    code, remedy = "server_changed", Remedy.HALT
+
+
+class InvalidRequest(MoverError):
+    """The request itself is wrong; `field` names the part."""
+
+    code = "invalid_request"
+
+
+class Conflict(MoverError):
+    """The state does not allow what was asked."""
+
+    code = "conflict"
+
+
+class NotFound(MoverError):
+    """No such migration."""
+
+    code = "not_found"

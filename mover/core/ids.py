@@ -1,0 +1,56 @@
+"""The value types that name things: positions, tenants, migrations, tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NewType
+from uuid import UUID
+
+TenantId = NewType("TenantId", UUID)
+MigrationId = NewType("MigrationId", UUID)
+# Rises at every claim of a migration; a transaction that carries an older one must not commit.
+Epoch = NewType("Epoch", int)
+
+
+class Lsn(int):
+    """A byte position in a server's WAL; prints and parses as PostgreSQL does (`16/B374D848`)."""
+
+    @classmethod
+    def parse(cls, text: str) -> Lsn:
+        """Raises ValueError when `text` is not of the form `hex/hex`."""
+        high, slash, low = text.partition("/")
+        if not slash:
+            raise ValueError(f"not an LSN: {text!r}")
+        return cls((int(high, 16) << 32) | int(low, 16))
+
+    def __str__(self) -> str:
+        return f"{self >> 32:X}/{self & 0xFFFFFFFF:X}"
+
+    __repr__ = __str__
+
+
+class Tier(StrEnum):
+    """How isolated a tenant's rows are: a schema, a vertical's database, its own database."""
+
+    SCHEMA = "schema"
+    DATABASE = "database"
+    DEDICATED = "dedicated"
+
+
+class Side(StrEnum):
+    """Which of a migration's two databases."""
+
+    SOURCE = "source"
+    TARGET = "target"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TableRef:
+    """A table's schema and name, unquoted; for people: compose SQL from the parts."""
+
+    schema: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"

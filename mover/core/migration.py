@@ -1,0 +1,107 @@
+"""A migration as the platform database knows it: the record, its progress, the owner's claim."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from mover.core.ids import Epoch, MigrationId, TenantId, Tier
+from mover.core.secret import Secret
+from mover.core.states import Phase, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tenant lives, or shall live."""
+
+    vertical: str
+    tier: Tier
+    url: Secret
+    schemas: tuple[str, ...]  # one a service, by `tenancy.schema_pattern`, in the configured order
+
+    def __str__(self) -> str:
+        return f"{self.vertical} ({self.tier})"
+
+
+class Wish(StrEnum):
+    """What an operator has asked of a migration that a daemon may be working on."""
+
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationRequest:
+    """What `POST /api/platform/migrations` asks for, validated."""
+
+    tenant: TenantId
+    target_vertical: str
+    target_tier: Tier
+    scheduled_at: datetime | None = None
+    priority: int = 0
+    reason: str | None = None
+    requested_by: str = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One row of `platform.tenant_migrations`."""
+
+    id: MigrationId
+    tenant: TenantId
+    source_vertical: str
+    source_tier: Tier
+    target_vertical: str
+    target_tier: Tier
+    status: Status
+    phase: Phase | None
+    priority: int
+    scheduled_at: datetime | None
+    reason: str | None
+    requested_by: str
+    created_at: datetime
+    started_at: datetime | None = None
+    switched_at: datetime | None = None  # the decision: set in the transaction that changed the route
+    completed_at: datetime | None = None
+    rolled_back_at: datetime | None = None
+    error: dict[str, str] | None = None  # the API's error object
+    wish: Wish | None = None
+    outcome: Status | None = None  # what `rolling_back` ends as
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A lease on a migration. Every transaction of the owner carries `epoch`."""
+
+    migration: Migration
+    epoch: Epoch
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of the journal, `platform.migration_steps`."""
+
+    name: str  # "phase" or "phase.step"; never renamed once released
+    status: str  # running | done | failed
+    started_at: datetime
+    duration_ms: float | None = None
+    detail: str | None = None
+
+
+@dataclass(slots=True)
+class Progress:
+    """Live figures of a migration; stored about once a second as one JSON document."""
+
+    rows_done: int = 0
+    rows_total: int = 0
+    bytes_done: int = 0
+    bytes_total: int = 0
+    changes_applied: int = 0
+    lag_bytes: int | None = None
+    lag_seconds: float | None = None
+    eta_seconds: float | None = None
+    pause_ms: float | None = None
+    waiting_for: str | None = None  # why nothing moves right now, for people
+    evidence: dict[str, object] = field(default_factory=dict)  # roots, counts, markers

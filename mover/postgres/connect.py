@@ -1,0 +1,158 @@
+"""Connections to the two databases of a migration: named, bounded in number, with every setting
+that could change a value's text pinned.
+
+Each connection's `application_name` is `mover/<migration>/<epoch>/<purpose>`, by which a new owner
+finds and ends the backends of the old one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl as ssl_module
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncpg
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from mover.core.ids import Epoch, MigrationId
+from mover.core.secret import Secret
+from mover.postgres.errors import translate
+
+CONNECT_TIMEOUT_S = 10
+
+# The text of a value must not depend on the role's or the server's defaults (floats lose digits under
+# extra_float_digits=0), and no timeout of theirs may kill a snapshot holder.
+PINNED: Mapping[str, str] = {
+    "extra_float_digits": "1",
+    "DateStyle": "ISO, MDY",
+    "IntervalStyle": "postgres",
+    "TimeZone": "UTC",
+    "bytea_output": "hex",
+    "client_encoding": "UTF8",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "row_security": "off",  # raises where a policy would silently hide rows
+    "search_path": "pg_catalog",
+}
+KEEPALIVES: Mapping[str, int] = {
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a connection works for."""
+
+    migration: MigrationId
+    epoch: Epoch
+
+    @property
+    def prefix(self) -> str:
+        """Common to all connections of this migration, whatever the epoch."""
+        return f"mover/{self.migration}/"
+
+    def application_name(self, purpose: str) -> str:
+        return f"{self.prefix}{self.epoch}/{purpose}"
+
+
+@dataclass
+class Database:
+    """Opens connections to one database, never more than `limit` at a time.
+
+    `label` is what messages call it ("source", "target", "verticals.core"): never the URL.
+    """
+
+    url: Secret
+    label: str
+    identity: Identity | None = None
+    limit: int = 12
+    _slots: asyncio.Semaphore = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(self.limit)
+
+    def _application_name(self, purpose: str) -> str:
+        return self.identity.application_name(purpose) if self.identity else f"mover/-/{purpose}"
+
+    def conninfo(self, purpose: str, **overrides: str) -> dict[str, Any]:
+        """libpq parameters with everything pinned; `overrides` are server settings."""
+        settings = {**PINNED, **overrides}
+        options = " ".join(f"-c {name}={_escape(value)}" for name, value in settings.items())
+        params: dict[str, Any] = {**KEEPALIVES, **conninfo_to_dict(self.url.reveal())}
+        params |= {
+            "options": options,
+            "application_name": self._application_name(purpose),
+            "connect_timeout": CONNECT_TIMEOUT_S,
+        }
+        return params
+
+    @asynccontextmanager
+    async def connect(
+        self, purpose: str, *, autocommit: bool = True, **settings: str
+    ) -> AsyncIterator[psycopg.AsyncConnection[tuple[Any, ...]]]:
+        """A psycopg connection; `settings` are server settings for its whole life.
+
+        Driver errors, also those raised inside the block, leave as MoverError (see `errors.translate`).
+        """
+        async with self._slots:
+            with translate(self.label):
+                conn = await psycopg.AsyncConnection.connect(
+                    **self.conninfo(purpose, **settings), autocommit=autocommit
+                )
+                try:
+                    yield conn
+                finally:
+                    await conn.close()
+
+    @asynccontextmanager
+    async def connect_bulk(self, purpose: str, **settings: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+        """An asyncpg connection, for COPY pass-through."""
+        async with self._slots:
+            with translate(self.label):
+                conn = await asyncpg.connect(
+                    **_asyncpg_parameters(self.url),
+                    timeout=CONNECT_TIMEOUT_S,
+                    statement_cache_size=0,
+                    server_settings={
+                        **PINNED,
+                        **settings,
+                        "application_name": self._application_name(purpose),
+                    },
+                )
+                try:
+                    yield conn
+                finally:
+                    conn.terminate() if conn.is_in_transaction() else await conn.close()
+
+
+def _escape(value: str) -> str:
+    """A server setting's value as `options` wants it: blanks and backslashes escaped."""
+    return value.replace("\\", "\\\\").replace(" ", "\\ ")
+
+
+def _asyncpg_parameters(url: Secret) -> dict[str, Any]:
+    """libpq's URL or key=value form as asyncpg's arguments."""
+    params = conninfo_to_dict(url.reveal())
+    known = {"host": "host", "port": "port", "user": "user", "password": "password", "dbname": "database"}
+    arguments: dict[str, Any] = {ours: params[theirs] for theirs, ours in known.items() if theirs in params}
+    if "port" in arguments:
+        arguments["port"] = int(arguments["port"])
+    arguments["ssl"] = _ssl(str(params.get("sslmode", "prefer")), params.get("sslrootcert"))
+    return arguments
+
+
+def _ssl(mode: str, root_certificate: Any) -> str | ssl_module.SSLContext:
+    """asyncpg reads sslmode words itself; a root certificate needs a context."""
+    if root_certificate is None or mode not in ("verify-ca", "verify-full"):
+        return mode
+    context = ssl_module.create_default_context(cafile=str(root_certificate))
+    context.check_hostname = mode == "verify-full"
+    return context
