@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from mover.core.ids import TenantId, Tier
-from mover.core.migration import Claim, Migration, MigrationRequest, Place, Progress, Step, Wish
+from mover.core.changes import Piece, RowChange
+from mover.core.copying import Chunk, CopiedRanges, Key
+from mover.core.ids import Lsn, TableRef, TenantId, Tier
+from mover.core.migration import (
+    Claim,
+    Event,
+    Migration,
+    MigrationRequest,
+    Place,
+    Progress,
+    Step,
+    Wish,
+)
+from mover.core.snapshot import Snapshot
 from mover.core.states import Phase, Status
-from mover.core.tables import Plan
+from mover.core.tables import MovedTable, Plan
 
 
 class Clock(Protocol):
@@ -59,6 +72,10 @@ class MoveStore(Protocol):
         """Change the status as STATUS_NEXT allows; stamps completed_at / rolled_back_at; clears the wish."""
         ...
 
+    async def note_error(self, claim: Claim, error: Mapping[str, str]) -> None:
+        """Show the error in the status without changing it; a phase that goes on clears it."""
+        ...
+
     async def begin_step(self, claim: Claim, name: str) -> None: ...
 
     async def end_step(
@@ -91,7 +108,8 @@ class MoveStore(Protocol):
         `monitor`, `switched_at` is set, `evidence` is stored.
 
         Raises LeaseLost or Conflict when it certainly did not commit, OutcomeUnknown when the answer
-        was lost after the COMMIT had been sent."""
+        was lost after the COMMIT had been sent. Bounded in time by itself: a caller's own timeout would
+        not know which of the two it cut off. Taken already, it returns."""
         ...
 
     async def is_switched(self, claim: Claim) -> bool:
@@ -116,7 +134,7 @@ class Desk(Protocol):
     async def progress(self, migration_id: str) -> tuple[Migration, Progress, tuple[Step, ...]]: ...
 
     async def wish(self, migration_id: str, wish: Wish, by: str) -> None:
-        """Ask for pause or cancel; raises Conflict when the status does not allow it.
+        """Ask for pause or cancel; raises NotFound, and Conflict when the status does not allow it.
 
         A queued migration is paused or cancelled at once; a paused one that has begun goes to
         `rolling_back` with outcome `cancelled`, for a daemon to undo it."""
@@ -127,5 +145,134 @@ class Desk(Protocol):
         ...
 
     async def where_is(self, tenant: TenantId) -> tuple[str, Tier, str | None]:
-        """The tenant's route: vertical, tier, database_url. Raises NotFound."""
+        """The tenant's route: vertical, tier, database_url. Raises UnknownTenant."""
+        ...
+
+    async def events(self, migration_id: str, after: int, limit: int) -> tuple[Event, ...]:
+        """The events with ids above `after`, oldest first."""
+        ...
+
+    async def counts(self) -> Mapping[Status, int]:
+        """How many migrations have each status; every status is there."""
+        ...
+
+    async def asked(self, who: str, role: str, action: str, subject: str | None) -> int:
+        """Note a request in the audit before it is carried out: the line's id."""
+        ...
+
+    async def answered(
+        self, line: int, result: str, subject: str | None, facts: Mapping[str, object]
+    ) -> None:
+        """Note what became of it: `ok`, or the error's code."""
+        ...
+
+    async def check_ready(self) -> None:
+        """Raises Unreachable, or Refused when `mover init` has to run first."""
+        ...
+
+
+class ChangeStream(Protocol):
+    """The source's committed changes of the tenant's rows, transaction by transaction, in commit order."""
+
+    async def start(self, after: Lsn) -> None:
+        """Begin (again) with the first transaction that commits after `after`. Raises SlotLost."""
+        ...
+
+    async def wait(self) -> None:
+        """Until `take` has something to give; raises what ended the stream."""
+        ...
+
+    def take(self, max_bytes: int) -> list[Piece]:
+        """What has arrived, without waiting; may end in the middle of a huge transaction."""
+        ...
+
+    @property
+    def idle_lsn(self) -> Lsn:
+        """Everything up to here has been taken, and the source had nothing more; 0 while it has."""
+        ...
+
+    def confirm(self, flushed: Lsn) -> None:
+        """What committed before `flushed` is durable on the target: the source may forget it."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class ConsistentPoint(Protocol):
+    """An ordinary REPEATABLE READ snapshot of the source and its place in the stream."""
+
+    snapshot: Snapshot
+    snapshot_id: str  # for SET TRANSACTION SNAPSHOT
+    mark: str  # stands in the stream behind everything that `snapshot` sees
+
+
+class ChangeSource(Protocol):
+    """What following the source needs of it, beside the stream."""
+
+    def consistent_point(self) -> AbstractAsyncContextManager[ConsistentPoint]:
+        """A point taken now; its snapshot lives as long as the context."""
+        ...
+
+    async def mark(self) -> str:
+        """Emit a mark; the stream reaches it after everything that has committed so far."""
+        ...
+
+    async def wal_lsn(self) -> Lsn:
+        """The current end of the source's WAL."""
+        ...
+
+
+class ApplyTransaction(Protocol):
+    """One open transaction on the target; commits when its context ends without an error."""
+
+    async def apply(self, changes: Sequence[RowChange]) -> None:
+        """Make the changes, in effect as if in order.
+
+        Raises ApplyConflict when they do not fit the rows, SchemaChanged when they do not fit the plan."""
+        ...
+
+    async def advance(self, applied: Lsn, snapshot: Snapshot | None) -> None:
+        """Store the progress that this transaction makes true."""
+        ...
+
+
+class ApplyTarget(Protocol):
+    """The target as the follower sees it."""
+
+    def transaction(self) -> AbstractAsyncContextManager[ApplyTransaction]: ...
+
+    async def progress(self) -> tuple[Lsn, Snapshot | None]:
+        """Everything that committed before the LSN is applied, and everything that the snapshot sees."""
+        ...
+
+    def set_copied(self, ranges: Mapping[TableRef, CopiedRanges]) -> None:
+        """Which rows are there, by source table: changes outside are dropped."""
+        ...
+
+    def collect_dirty(self) -> None:
+        """From now on remember the keys that change, forgetting those remembered so far."""
+        ...
+
+    def dirty(self) -> Mapping[TableRef, frozenset[Key]] | None:
+        """The keys changed since `collect_dirty`, by source table; None when they were too many to keep."""
+        ...
+
+
+class Copier(Protocol):
+    """Copies chunks from a snapshot of the source into the target."""
+
+    async def plan_chunks(self, table: MovedTable, snapshot_id: str) -> Sequence[Chunk]:
+        """Split the tenant's rows of `table` by key; recorded on the target before they are used."""
+        ...
+
+    async def chunks(self) -> Mapping[TableRef, Sequence[Chunk]]:
+        """All recorded chunks, by source table."""
+        ...
+
+    def worker(self, snapshot_id: str) -> AbstractAsyncContextManager[ChunkWorker]: ...
+
+
+class ChunkWorker(Protocol):
+    async def copy(self, table: MovedTable, chunk: Chunk) -> tuple[int, int]:
+        """Copy one chunk and mark it done in the same transaction: (rows, bytes)."""
         ...

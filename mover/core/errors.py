@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -26,7 +28,7 @@ class Where:
     lsn: Lsn | None = None
 
 
-@dataclass
+@dataclass(eq=False)  # an exception is compared and hashed by identity
 class MoverError(Exception):
     """Base of all errors that an operator sees. `code` is stable and machine-readable."""
 
@@ -90,6 +92,14 @@ class VerificationFailed(MoverError):
     """Source and target differ at a consistent point; nothing is switched."""
 
     code, remedy = "verification_failed", Remedy.ABORT
+    # The differing tables with their keys: for the stored evidence, never for a log line.
+    evidence: Sequence[Mapping[str, object]] = ()
+
+
+class DamageAfterSwitch(MoverError):
+    """The complete comparison after the switch found a difference: the source is kept as it is."""
+
+    code, remedy = "damage_after_switch", Remedy.HALT
 
 
 class CutoverAborted(MoverError):
@@ -110,8 +120,11 @@ class ServerChanged(MoverError):
     code, remedy = "server_changed", Remedy.HALT
 
 
+@dataclass(eq=False)
 class InvalidRequest(MoverError):
-    """The request itself is wrong; `field` names the part."""
+    """The request itself is wrong; `field` names the part, as the API spells it."""
+
+    field: str | None = None
 
     code = "invalid_request"
 
@@ -126,3 +139,21 @@ class NotFound(MoverError):
     """No such migration."""
 
     code = "not_found"
+
+
+class UnknownTenant(NotFound):
+    """The routing table has no such tenant."""
+
+    code = "unknown_tenant"
+
+
+@contextmanager
+def first_error() -> Iterator[None]:
+    """Of the errors that a task group raises together, let the first leave as itself."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from group

@@ -10,6 +10,20 @@ from mover.core.ids import Epoch, MigrationId, TenantId, Tier
 from mover.core.secret import Secret
 from mover.core.states import Phase, Status
 
+# Where each phase begins and ends, in percent of a migration; monitoring waits, so it adds nothing.
+_SPAN: dict[Phase, tuple[float, float]] = {
+    Phase.PREFLIGHT: (0, 1),
+    Phase.PROVISION: (1, 2),
+    Phase.PREPARE: (2, 5),
+    Phase.COPY: (5, 70),
+    Phase.INDEX: (70, 80),
+    Phase.CATCH_UP: (80, 87),
+    Phase.VERIFY: (87, 97),
+    Phase.CUTOVER: (97, 99),
+    Phase.MONITOR: (99, 99),
+    Phase.CLEANUP: (99, 100),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -90,6 +104,17 @@ class Step:
     detail: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of `platform.migration_events`; ids rise within a migration in the order of commit."""
+
+    id: int
+    at: datetime
+    level: str
+    message: str
+    facts: dict[str, object]
+
+
 @dataclass(slots=True)
 class Progress:
     """Live figures of a migration; stored about once a second as one JSON document."""
@@ -99,9 +124,28 @@ class Progress:
     bytes_done: int = 0
     bytes_total: int = 0
     changes_applied: int = 0
+    rows_compared: int = 0
     lag_bytes: int | None = None
     lag_seconds: float | None = None
     eta_seconds: float | None = None
     pause_ms: float | None = None
     waiting_for: str | None = None  # why nothing moves right now, for people
     evidence: dict[str, object] = field(default_factory=dict)  # roots, counts, markers
+
+
+def percent_done(status: Status, phase: Phase | None, progress: Progress) -> float:
+    """How far a migration is, 0 to 100: by phase, and inside the copy by bytes (rows, where unknown)."""
+    if status is Status.COMPLETED:
+        return 100.0
+    if phase is None:
+        return 0.0
+    begin, end = _SPAN[phase]
+    if phase is not Phase.COPY:
+        return begin
+    done, total = (
+        (progress.bytes_done, progress.bytes_total)
+        if progress.bytes_total
+        else (progress.rows_done, progress.rows_total)
+    )
+    share = min(done / total, 1.0) if total else 0.0
+    return round(begin + (end - begin) * share, 1)

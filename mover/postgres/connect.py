@@ -96,21 +96,27 @@ class Database:
 
     @asynccontextmanager
     async def connect(
-        self, purpose: str, *, autocommit: bool = True, **settings: str
+        self, purpose: str, **settings: str
     ) -> AsyncIterator[psycopg.AsyncConnection[tuple[Any, ...]]]:
-        """A psycopg connection; `settings` are server settings for its whole life.
+        """A psycopg connection in autocommit; `settings` are server settings for its whole life.
 
         Driver errors, also those raised inside the block, leave as MoverError (see `errors.translate`).
         """
         async with self._slots:
             with translate(self.label):
                 conn = await psycopg.AsyncConnection.connect(
-                    **self.conninfo(purpose, **settings), autocommit=autocommit
+                    **self.conninfo(purpose, **settings), autocommit=True
                 )
                 try:
                     yield conn
                 finally:
                     await conn.close()
+
+    @asynccontextmanager
+    async def external(self, purpose: str) -> AsyncIterator[dict[str, str]]:
+        """libpq's parameters for a program that opens one connection; it counts as one of ours."""
+        async with self._slots:
+            yield {name: str(value) for name, value in self.conninfo(purpose).items()}
 
     @asynccontextmanager
     async def connect_bulk(self, purpose: str, **settings: str) -> AsyncIterator[asyncpg.Connection[Any]]:
@@ -130,7 +136,10 @@ class Database:
                 try:
                     yield conn
                 finally:
-                    conn.terminate() if conn.is_in_transaction() else await conn.close()
+                    if conn.is_in_transaction():
+                        conn.terminate()  # a COPY may still be running; the server rolls back
+                    else:
+                        await conn.close()
 
 
 def _escape(value: str) -> str:

@@ -30,7 +30,12 @@ def translate(label: str) -> Iterator[None]:
     """Driver errors inside the block leave as MoverError that names `label`, never a value."""
     try:
         yield
-    except (psycopg.Error, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except (
+        psycopg.Error,
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        asyncpg.InternalClientError,  # what asyncpg says of a connection that the server ended while idle
+    ) as error:
         raise translated(error, label) from error
     except (OSError, TimeoutError) as error:
         raise Unreachable(f"{label}: {type(error).__name__} while talking to the server") from error

@@ -1,0 +1,97 @@
+"""What a cutover needs of the world. Adapters live in `mover/postgres`; tests use their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+
+class Fence(Protocol):
+    """The tenant's writes at one place.
+
+    Every change of state is a compare-and-swap at this owner's epoch, durable when it returns.
+    """
+
+    async def get_ready(self) -> None:
+        """Before the fence: open what the changes of state need."""
+        ...
+
+    async def close(self, lock_timeout_s: float) -> str:
+        """Wait for in-flight writers, hold new ones, set `closed` and put a mark behind the last write.
+
+        Returns the mark. The hold frees itself should we freeze. Raises CutoverAborted when the
+        writers did not end within `lock_timeout_s`; then nothing happened."""
+        ...
+
+    async def reopen(self) -> None:
+        """Undo `close`: writers go on here. Harmless when the fence is open."""
+        ...
+
+    async def open(self) -> None:
+        """(closed or aborted) -> open: this place serves the tenant now."""
+        ...
+
+    async def move_away(self) -> None:
+        """closed -> moved: waiting writers wake and are told to go elsewhere."""
+        ...
+
+    async def state(self) -> str: ...
+
+
+class TargetFence(Fence, Protocol):
+    """The place that takes over: its fence is the arbiter of a half-done cutover."""
+
+    async def abort(self) -> bool:
+        """closed -> aborted: nobody can open it any more. False when it is open already."""
+        ...
+
+    async def close_again(self) -> None:
+        """aborted -> closed: ready for another attempt."""
+        ...
+
+
+class Drain(Protocol):
+    """The change stream, as far as a cutover needs it."""
+
+    async def reached(self, mark: str) -> None:
+        """Until everything before the mark is applied and durable on the target."""
+        ...
+
+
+class Proof(Protocol):
+    """That both sides hold the same."""
+
+    async def get_ready(self) -> None:
+        """Before the fence: open what the comparison under it needs."""
+        ...
+
+    async def changed_rows_equal(self) -> Mapping[str, object]:
+        """Compare the rows changed since the last comparison; the evidence.
+
+        The snapshots of both sides stay open, for the complete comparison after the switch. Raises
+        VerificationFailed when they differ or were too many to know."""
+        ...
+
+
+class Sequences(Protocol):
+    async def get_ready(self) -> None: ...
+
+    async def carry_over(self) -> None:
+        """Set the target's sequences beyond every value that the source has given out."""
+        ...
+
+
+class Decision(Protocol):
+    """The route, changed exactly once."""
+
+    async def switch(self, evidence: Mapping[str, object]) -> None:
+        """Commit the switch. Raises OutcomeUnknown when the answer was lost after it was sent."""
+        ...
+
+    async def is_switched(self) -> bool: ...
+
+
+class Cache(Protocol):
+    """Copies of the route that the applications keep."""
+
+    async def invalidate(self) -> None: ...

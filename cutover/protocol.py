@@ -1,0 +1,151 @@
+"""The fenced cutover, top to bottom.
+
+Invariants, whatever dies and whenever:
+- at most one side accepts the tenant's writes;
+- nothing commits for the tenant between the mark and the opening of the target;
+- switched implies drained, verified, and the fence held;
+- it is decided once: "the target is open" and "the route is switched" never contradict each other.
+
+Until the decision has been sent, everything is undone by reopening the source. Once it may have
+committed, the only way is forward: the source stays closed until the outcome is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from cutover.ports import Cache, Decision, Drain, Fence, Proof, Sequences, TargetFence
+from mover.core.errors import CutoverAborted, MoverError, OutcomeUnknown, first_error
+from mover.ports import Clock
+
+# Share of the budget that in-flight writers may use to end.
+LOCK_SHARE = 0.3
+# Between tries of something that must succeed now that the switch is decided.
+FORWARD_RETRY_S = 0.1
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """How long each step of the pause took, in milliseconds."""
+
+    clock: Clock
+    steps_ms: dict[str, float] = field(default_factory=dict)
+
+    @asynccontextmanager
+    async def step(self, name: str) -> AsyncIterator[None]:
+        started = self.clock.monotonic()
+        try:
+            yield
+        finally:
+            self.steps_ms[name] = round((self.clock.monotonic() - started) * 1000, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What a cutover touches."""
+
+    source: Fence
+    target: TargetFence
+    drain: Drain
+    proof: Proof
+    sequences: Sequences
+    decision: Decision
+    cache: Cache
+    clock: Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What happened, for the status, the journal and the metrics."""
+
+    pause_ms: float
+    steps_ms: Mapping[str, float]
+    evidence: Mapping[str, object]
+
+
+async def cut_over(world: World, budget_s: float) -> Report:
+    """Move the tenant's writes from source to target within `budget_s` of pause, or not at all.
+
+    Raises CutoverAborted, VerificationFailed or what
+    stood in the way: then the source serves as before. Raises OutcomeUnknown when the decision's
+    answer was lost: then only `recover` may go on."""
+    watch = Stopwatch(world.clock)
+    for part in (world.proof, world.sequences, world.target, world.source):
+        await part.get_ready()
+    started = world.clock.monotonic()
+    async with watch.step("close"):
+        mark = await world.source.close(budget_s * LOCK_SHARE)
+    try:
+        async with asyncio.timeout(budget_s - (world.clock.monotonic() - started)):
+            evidence = await _prove(world, mark, watch)
+    except TimeoutError:
+        await world.source.reopen()
+        raise CutoverAborted(f"the pause budget of {budget_s:.1f} s was spent: {watch.steps_ms}") from None
+    except BaseException:
+        await world.source.reopen()
+        raise
+    async with watch.step("decide"):
+        await _decide(world, evidence)
+    await _finish(world, watch)
+    pause_ms = round((world.clock.monotonic() - started) * 1000, 2)
+    await world.cache.invalidate()
+    return Report(pause_ms, dict(watch.steps_ms), evidence)
+
+
+async def recover(world: World) -> bool:
+    """Settle a cutover whose owner died in the middle; says whether the tenant was switched.
+
+    The new owner's epoch already keeps the old one from deciding or opening. The target's fence is
+    the arbiter: aborted first, then nobody can open it behind our back."""
+    if await world.target.abort() and not await world.decision.is_switched():
+        await world.source.reopen()
+        await world.target.close_again()
+        return False
+    await _finish(world, Stopwatch(world.clock))
+    await world.cache.invalidate()
+    return True
+
+
+async def _prove(world: World, mark: str, watch: Stopwatch) -> Mapping[str, object]:
+    """Under the fence: everything is on the target, equal, and its sequences are ahead."""
+    async with watch.step("drain"):
+        await world.drain.reached(mark)
+    async with watch.step("verify"):
+        with first_error():
+            async with asyncio.TaskGroup() as tasks:
+                equal = tasks.create_task(world.proof.changed_rows_equal(), name="changed rows")
+                tasks.create_task(world.sequences.carry_over(), name="sequences")
+    return equal.result()
+
+
+async def _decide(world: World, evidence: Mapping[str, object]) -> None:
+    """The point of no return. An error that says "certainly not" undoes; anything else is settled."""
+    try:
+        await world.decision.switch(evidence)
+    except OutcomeUnknown:
+        raise
+    except MoverError:
+        await world.source.reopen()
+        raise
+
+
+async def _finish(world: World, watch: Stopwatch) -> None:
+    """Decided: open the target, then tell the waiting writers. Tried until it is done."""
+    async with watch.step("open"):
+        await _until_done(world, world.target.open)
+    async with watch.step("release"):
+        await _until_done(world, world.source.move_away)
+
+
+async def _until_done(world: World, action: Callable[[], Awaitable[None]]) -> None:
+    """Repeats what may only succeed. A lost lease ends it: the new owner goes on from here."""
+    while True:
+        try:
+            return await action()
+        except MoverError as error:
+            if error.remedy is not error.remedy.RETRY:
+                raise
+            await world.clock.sleep(FORWARD_RETRY_S)

@@ -1,0 +1,289 @@
+"""The command `mover`: arguments and exit codes.
+
+0 done, 1 the operation failed, 2 wrong usage or configuration, 3 refused by preflight or policy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, TypeAlias
+from uuid import UUID
+
+import uvloop
+from rich.console import Console
+from rich.live import Live
+
+from mover import log, terminal
+from mover.config import Config, ConfigError, load_config
+from mover.core.errors import MoverError, Refused
+from mover.core.ids import Tier
+from mover.core.states import Status
+from mover.web.client import ApiClient, ApiError, connect
+
+DEFAULT_SERVER = "http://127.0.0.1:8080"
+ACTIONS = {
+    "pause": "stop at the next safe point and keep everything",
+    "resume": "go on from where it was paused",
+    "cancel": "undo what was made on both sides",
+    "rollback": "bring a switched tenant back",
+    "approve": "let a migration that waits for approval begin",
+}
+
+
+class Exit(IntEnum):
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    REFUSED = 3
+
+
+class UsageError(MoverError):
+    """The command line lacks something."""
+
+    code = "usage"
+
+
+Command: TypeAlias = Callable[[argparse.Namespace], Coroutine[Any, Any, Exit]]
+Conversation: TypeAlias = Callable[[ApiClient, argparse.Namespace], Awaitable[Exit]]
+
+_out = Console(soft_wrap=True)
+_err = Console(stderr=True, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    args = build_parser().parse_args(arguments)
+    command: Command = args.command
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(command(args))
+    except ConfigError as error:
+        terminal.complain(_err, error.message, reasons=error.problems)
+        return Exit.USAGE
+    except ApiError as error:
+        terminal.complain(_err, error.message, error.hint, error.reasons)
+        return _exit_of(error)
+    except MoverError as error:
+        terminal.complain(_err, error.message, error.hint)
+        if isinstance(error, UsageError):
+            return Exit.USAGE
+        return Exit.REFUSED if isinstance(error, Refused) else Exit.FAILED
+    except KeyboardInterrupt:
+        return Exit.FAILED
+    except BrokenPipeError:  # `mover list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.DONE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mover", description="Moves one tenant's rows between live PostgreSQL databases."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_local(commands)
+    _add_migrate(commands)
+    _add_remote(commands)
+    return parser
+
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _add_local(commands: Subparsers) -> None:
+    """Commands that read the configuration."""
+    init = commands.add_parser("init", help="create or upgrade schema `platform`")
+    init.add_argument(
+        "--with-organizations", action="store_true", help="also create the routing table, if absent"
+    )
+    check = commands.add_parser("check", help="look at the configuration and every connection")
+    serve = commands.add_parser("serve", help="run the daemon")
+    for parser, command in ((init, _init), (check, _check), (serve, _serve)):
+        parser.add_argument("--config", type=Path, required=True, metavar="FILE")
+        parser.set_defaults(command=command)
+
+
+def _add_migrate(commands: Subparsers) -> None:
+    migrate = _remote(commands, "migrate", "ask the daemon to move a tenant", _migrate)
+    migrate.add_argument("--tenant", type=UUID, required=True, metavar="UUID")
+    migrate.add_argument("--to-vertical", required=True, metavar="VERTICAL")
+    migrate.add_argument("--to-tier", required=True, choices=[tier.value for tier in Tier])
+    migrate.add_argument("--reason")
+    migrate.add_argument("--priority", type=int, default=0, help="higher is more urgent")
+    migrate.add_argument("--at", metavar="TIME", help="not before, ISO 8601 with a time zone")
+    what = migrate.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
+    what.add_argument("--wait", action="store_true", help="follow it until the tenant is served there")
+
+
+def _add_remote(commands: Subparsers) -> None:
+    listing = _remote(commands, "list", "migrations, newest first", _list)
+    listing.add_argument("--status", choices=[status.value for status in Status])
+    listing.add_argument("--limit", type=int, default=50)
+    for name, text, conversation in (
+        ("status", "one migration's progress and steps", _status),
+        ("watch", "follow one migration until it ends", _watch),
+        *((action, meaning, _act) for action, meaning in ACTIONS.items()),
+    ):
+        parser = _remote(commands, name, text, conversation)
+        parser.add_argument("id", type=UUID, metavar="ID")
+        parser.set_defaults(action=name)
+
+
+def _remote(
+    commands: Subparsers, name: str, text: str, conversation: Conversation
+) -> argparse.ArgumentParser:
+    """A command that talks to a daemon."""
+    parser = commands.add_parser(name, help=text)
+    parser.add_argument("--server", default=os.environ.get("MOVER_SERVER", DEFAULT_SERVER), metavar="URL")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="instead of MOVER_TOKEN")
+    parser.add_argument("--json", action="store_true", help="print the API's answer")
+
+    async def command(args: argparse.Namespace) -> Exit:
+        async with connect(args.server, _token(args.token_file)) as client:
+            return await conversation(client, args)
+
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _token(file: Path | None) -> str:
+    try:
+        token = file.read_text().strip() if file else os.environ.get("MOVER_TOKEN", "")
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(f"the token file {file} cannot be read") from None
+    if not token or not token.isprintable():
+        raise UsageError("a token is needed", hint="Set MOVER_TOKEN, or give --token-file FILE.")
+    return token
+
+
+async def _init(args: argparse.Namespace) -> Exit:
+    from mover.postgres.platform import initialise
+
+    config = load_config(args.config)
+    table = config.routing.organizations_table if args.with_organizations else None
+    applied = await initialise(config.platform.database_url, organizations=table)
+    _out.print("\n".join(f"applied {name}" for name in applied) or "schema platform is up to date")
+    return Exit.DONE
+
+
+async def _check(args: argparse.Namespace) -> Exit:
+    from mover.check import check
+
+    findings = await check(load_config(args.config))
+    _out.print(terminal.checks_table(findings))
+    return Exit.FAILED if any(finding.problem for finding in findings) else Exit.DONE
+
+
+async def _serve(args: argparse.Namespace) -> Exit:
+    from mover.app import serve
+
+    config: Config = load_config(args.config)
+    log.configure()
+    await serve(config)
+    return Exit.DONE
+
+
+async def _migrate(client: ApiClient, args: argparse.Namespace) -> Exit:
+    body: dict[str, object] = {
+        "tenantId": str(args.tenant),
+        "targetVertical": args.to_vertical,
+        "targetTier": args.to_tier,
+        "priority": args.priority,
+        "reason": args.reason,
+        "scheduledAt": args.at,
+        "dryRun": args.dry_run,
+    }
+    answer = await client.submit(body)
+    if args.dry_run:
+        _show(args, answer, terminal.plan_view)
+        return Exit.REFUSED if answer["refusals"] else Exit.DONE
+    if args.wait:
+        return await _follow(client, args, answer["id"], until=(Status.MONITORING,))
+    _show(args, answer, lambda migration: migration["id"])
+    return Exit.DONE
+
+
+async def _list(client: ApiClient, args: argparse.Namespace) -> Exit:
+    migrations = await client.list(args.status, args.limit)
+    _show(args, {"migrations": migrations}, lambda answer: terminal.migrations_table(answer["migrations"]))
+    return Exit.DONE
+
+
+async def _status(client: ApiClient, args: argparse.Namespace) -> Exit:
+    progress = await client.progress(str(args.id))
+    _show(args, progress, terminal.progress_panel)
+    if not args.json and progress["steps"]:
+        _out.print(terminal.steps_table(progress["steps"]))
+    return Exit.DONE
+
+
+async def _watch(client: ApiClient, args: argparse.Namespace) -> Exit:
+    return await _follow(client, args, str(args.id))
+
+
+async def _act(client: ApiClient, args: argparse.Namespace) -> Exit:
+    answer = await client.act(str(args.id), args.action)
+    _show(args, answer, lambda _: f"{args.action}: accepted")
+    return Exit.DONE
+
+
+async def _follow(
+    client: ApiClient, args: argparse.Namespace, migration_id: str, until: Sequence[Status] = ()
+) -> Exit:
+    """Show events and progress until the migration has ended or reached `until`."""
+    progress: terminal.Json | None = None
+    with Live(console=_out, transient=True, auto_refresh=False) as live:
+        async with aclosing(client.events(migration_id)) as messages:
+            async for message in messages:
+                _show_live(args, message, live)
+                if message["type"] == "progress":
+                    progress = message
+                    if until and _is_over(progress, until):
+                        break
+    if progress is None:
+        raise ApiError("the daemon ended the conversation before it said anything")
+    if not args.json:
+        _out.print(terminal.progress_panel(progress))
+    return _exit_of_migration(progress)
+
+
+def _show_live(args: argparse.Namespace, message: terminal.Json, live: Live) -> None:
+    if args.json:
+        print(json.dumps(message), flush=True)
+    elif message["type"] == "event":
+        live.console.print(terminal.event_line(message))
+    else:
+        live.update(terminal.progress_panel(message), refresh=True)
+
+
+def _is_over(progress: terminal.Json, until: Sequence[Status]) -> bool:
+    """Paused with an error, only an operator can make it go on: nothing is left to wait for."""
+    halted = progress["status"] == Status.PAUSED and progress["error"] is not None
+    return progress["status"] in until or halted
+
+
+def _exit_of_migration(progress: terminal.Json) -> Exit:
+    if progress["status"] in (Status.COMPLETED, Status.MONITORING):
+        return Exit.DONE
+    refused = progress["error"] and progress["error"]["code"] == "refused"
+    return Exit.REFUSED if refused else Exit.FAILED
+
+
+def _exit_of(error: ApiError) -> Exit:
+    return Exit.REFUSED if error.status in (401, 403, 409, 422) else Exit.FAILED
+
+
+def _show(args: argparse.Namespace, answer: terminal.Json, view: Callable[[terminal.Json], Any]) -> None:
+    """As JSON for programs, else as `view` draws it."""
+    if args.json:
+        print(json.dumps(answer), flush=True)
+    else:
+        _out.print(view(answer))

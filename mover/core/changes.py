@@ -1,0 +1,102 @@
+"""What the change stream carries: decoded pgoutput messages, and pieces of transactions.
+
+Values are the column's text output as bytes, None for NULL, or UNCHANGED for a TOASTed value that the
+source did not send because the update left it alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, TypeAlias
+
+from mover.core.ids import Lsn, TableRef
+
+
+class _Unchanged(Enum):
+    UNCHANGED = "unchanged"
+
+
+UNCHANGED: Final = _Unchanged.UNCHANGED
+Value: TypeAlias = bytes | _Unchanged | None
+Row: TypeAlias = list[Value]
+
+
+@dataclass(frozen=True, slots=True)
+class RelationColumn:
+    name: str
+    is_key: bool  # part of the replica identity
+    type_oid: int
+    type_modifier: int
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """A table as the source described it when the following changes were made."""
+
+    oid: int
+    table: TableRef
+    identity: str  # relreplident: d, n, f, i
+    columns: tuple[RelationColumn, ...]
+
+
+@dataclass(slots=True)
+class Begin:
+    final_lsn: Lsn  # the commit record's position
+    xid: int  # 32 bits, of the top-level transaction
+
+
+@dataclass(slots=True)
+class Commit:
+    commit_lsn: Lsn
+    end_lsn: Lsn
+
+
+@dataclass(slots=True)
+class Insert:
+    relation: Relation
+    new: Row
+
+
+@dataclass(slots=True)
+class Update:
+    relation: Relation
+    old: Row | None  # only when the replica identity changed; only its columns are filled
+    new: Row
+
+
+@dataclass(slots=True)
+class Delete:
+    relation: Relation
+    old: Row
+
+
+@dataclass(slots=True)
+class Truncated:
+    """The application truncated a whole table (told by our statement trigger, not by pgoutput)."""
+
+    table: TableRef
+
+
+@dataclass(slots=True)
+class Message:
+    transactional: bool
+    lsn: Lsn
+    prefix: str
+    content: bytes
+
+
+RowChange: TypeAlias = Insert | Update | Delete | Truncated
+Decoded: TypeAlias = Begin | Commit | Insert | Update | Delete | Message | Relation
+
+
+@dataclass(slots=True)
+class Piece:
+    """Consecutive changes of one source transaction; a huge one comes in several pieces."""
+
+    xid: int
+    final_lsn: Lsn
+    changes: list[RowChange]
+    size_bytes: int
+    marks: tuple[str, ...] = ()  # tokens of our own messages inside it
+    end_lsn: Lsn | None = None  # set on the last piece: the position after the commit

@@ -1,0 +1,119 @@
+"""A batch of changes -> its net effect per key, so that it can be applied by set statements.
+
+The result is exact only if every change of the batch is applied together. Where the net effect cannot
+be known without the row itself, `NeedsOrder` says so and the batch is replayed change by change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any, TypeAlias
+
+from mover.core.changes import UNCHANGED, Delete, Insert, Relation, Row, RowChange, Truncated, Update
+from mover.core.ids import TableRef
+
+Key: TypeAlias = Any  # one value, or a tuple of values for a composite key
+
+
+class NeedsOrder(Exception):
+    """The net effect is not known: the batch has to be replayed in source order."""
+
+
+@dataclass(slots=True)
+class NetTable:
+    """What a batch did to one table. Each key stands in at most one of the three."""
+
+    relation: Relation
+    key_at: tuple[int, ...]  # where the key's columns stand in a row
+    truncated: bool = False  # the tenant's rows went first
+    inserts: dict[Key, Row] = field(default_factory=dict)  # the key was absent before the batch
+    updates: dict[Key, Row] = field(default_factory=dict)  # present before and after; may hold UNCHANGED
+    deletes: dict[Key, Row] = field(default_factory=dict)  # present before; only the key's columns count
+
+
+def compact(
+    changes: Iterable[RowChange], key_positions: Callable[[Relation], tuple[int, ...]]
+) -> dict[TableRef, NetTable]:
+    """The net effect of `changes`, by source table. Raises NeedsOrder where it cannot be known."""
+    tables: dict[TableRef, NetTable] = {}
+    getters: dict[TableRef, Callable[[Row], Key]] = {}
+    for change in changes:
+        if isinstance(change, Truncated):
+            _truncate(tables, change.table)
+            continue
+        table = tables.get(change.relation.table)
+        if table is None or table.relation is not change.relation:
+            if table is not None:  # the schema changed within the batch
+                raise NeedsOrder(f"{change.relation.table} changed its shape")
+            table = NetTable(change.relation, key_positions(change.relation))
+            tables[change.relation.table] = table
+            getters[change.relation.table] = itemgetter(*table.key_at)
+        key_of = getters[change.relation.table]
+        match change:
+            case Insert(_, new):
+                _insert(table, key_of(new), new)
+            case Delete(_, old):
+                _delete(table, key_of(old), old)
+            case Update(_, None, new):
+                _update(table, key_of(new), new)
+            case Update(_, old, new) if old is not None:
+                _update_key(table, key_of(old), key_of(new), old, new)
+    return tables
+
+
+def _truncate(tables: dict[TableRef, NetTable], ref: TableRef) -> None:
+    table = tables.get(ref)
+    if table is None:
+        raise NeedsOrder(f"{ref} was truncated before it was described")
+    table.truncated = True
+    table.inserts, table.updates, table.deletes = {}, {}, {}
+
+
+def _insert(table: NetTable, key: Key, new: Row) -> None:
+    if UNCHANGED in new:
+        raise NeedsOrder("a row entered the tenant without its TOASTed values")
+    if table.deletes.pop(key, None) is not None:
+        table.updates[key] = new  # the whole row replaces the old one
+    elif key in table.inserts or key in table.updates:
+        raise NeedsOrder("a key was inserted twice")
+    else:
+        table.inserts[key] = new
+
+
+def _update(table: NetTable, key: Key, new: Row) -> None:
+    if key in table.deletes:
+        raise NeedsOrder("a deleted key was updated")
+    for pending in (table.inserts, table.updates):
+        earlier = pending.get(key)
+        if earlier is not None:
+            pending[key] = _inherit(new, earlier)
+            return
+    table.updates[key] = new
+
+
+def _delete(table: NetTable, key: Key, old: Row) -> None:
+    if table.inserts.pop(key, None) is None:
+        table.updates.pop(key, None)
+        table.deletes[key] = old
+
+
+def _update_key(table: NetTable, old_key: Key, new_key: Key, old: Row, new: Row) -> None:
+    if old_key == new_key:  # another column of the replica identity changed
+        _update(table, new_key, new)
+        return
+    earlier = table.inserts.get(old_key) or table.updates.get(old_key)
+    if earlier is not None:
+        new = _inherit(new, earlier)
+    if UNCHANGED in new:
+        raise NeedsOrder("a key changed under TOASTed values that were not sent")
+    _delete(table, old_key, old)
+    _insert(table, new_key, new)
+
+
+def _inherit(new: Row, earlier: Row) -> Row:
+    """`new` with the values that the update left alone taken from the change before it."""
+    if UNCHANGED not in new:
+        return new
+    return [old if value is UNCHANGED else value for value, old in zip(new, earlier, strict=True)]

@@ -1,0 +1,66 @@
+"""A plan as JSON-able data and back, for `platform.tenant_migrations.plan`.
+
+The keys are the fields' names: a plan that was stored by this release is read by this release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from mover.core.ids import TableRef
+from mover.core.tables import Column, Finding, MovedTable, Plan, SequenceRef, Shape
+
+
+def encode_plan(plan: Plan) -> dict[str, Any]:
+    return {
+        "shape": {
+            "schemas": dict(plan.shape.schemas),
+            "tables": [asdict(table) for table in plan.shape.tables],
+            "sequences": [asdict(sequence) for sequence in plan.shape.sequences],
+            "fresh": plan.shape.fresh,
+        },
+        "findings": [asdict(finding) for finding in plan.findings],
+        "classes": dict(plan.classes),
+        "facts": dict(plan.facts),
+    }
+
+
+def decode_plan(data: Mapping[str, Any]) -> Plan:
+    """Raises KeyError or TypeError when `data` is not what `encode_plan` makes."""
+    shape = data["shape"]
+    return Plan(
+        shape=Shape(
+            schemas=dict(shape["schemas"]),
+            tables=tuple(_table(item) for item in shape["tables"]),
+            sequences=tuple(_sequence(item) for item in shape["sequences"]),
+            fresh=shape["fresh"],
+        ),
+        findings=tuple(_finding(item) for item in data["findings"]),
+        classes=dict(data["classes"]),
+        facts=dict(data["facts"]),
+    )
+
+
+def _ref(data: Mapping[str, str]) -> TableRef:
+    return TableRef(**data)
+
+
+def _table(data: Mapping[str, Any]) -> MovedTable:
+    nested = {
+        "source": _ref(data["source"]),
+        "target": _ref(data["target"]),
+        "columns": tuple(Column(**column) for column in data["columns"]),
+        "key": tuple(data["key"]),
+    }
+    return MovedTable(**{**data, **nested})
+
+
+def _sequence(data: Mapping[str, Any]) -> SequenceRef:
+    return SequenceRef(source=_ref(data["source"]), target=_ref(data["target"]))
+
+
+def _finding(data: Mapping[str, Any]) -> Finding:
+    table = data["table"]
+    return Finding(**{**data, "table": _ref(table) if table is not None else None})

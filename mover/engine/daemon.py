@@ -1,0 +1,218 @@
+"""The daemon: claims migrations, works on several at a time, renews their leases, obeys wishes.
+
+Pause, SIGTERM and a lost lease are the same mechanism: the migration's task is cancelled, every
+transaction is whole or absent, and the journal tells the next owner where to go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+import structlog
+
+from mover.core.errors import LeaseLost, MoverError, Remedy
+from mover.core.migration import Claim, Progress, Wish
+from mover.core.states import Status
+from mover.engine.move import Move
+from mover.ports import Clock, MoveStore
+
+log = structlog.get_logger()
+
+POLL_S = 0.5
+PROGRESS_S = 1.0
+# Heartbeats per lease: two may be lost before another daemon takes over.
+HEARTBEATS_PER_LEASE = 4
+BACKOFF_S = (1.0, 60.0)
+# A migration whose promise may be broken is not touched again before an operator looks.
+HALTED_S = 10 * 365 * 86_400.0
+
+MoveMaker = Callable[[Claim, Progress], Awaitable[Move]]
+
+
+@dataclass
+class Daemon:
+    """Works on the queue until `run` is cancelled."""
+
+    name: str
+    store: MoveStore
+    make_move: MoveMaker
+    clock: Clock
+    lease_s: float
+    max_active: int
+    _active: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _failures: dict[str, int] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Claim and work; cancelling it stops every migration at a safe point and ends the leases."""
+        try:
+            while True:
+                await self._claim_what_is_due()
+                await self.clock.sleep(POLL_S)
+        finally:
+            for task in self._active.values():
+                task.cancel()
+            await asyncio.gather(*self._active.values(), return_exceptions=True)
+
+    async def _claim_what_is_due(self) -> None:
+        while len(self._active) < self.max_active:
+            try:
+                claim = await self.store.claim(self.name, self.lease_s)
+            except MoverError as error:
+                log.warning("the queue does not answer", action="claim", error=str(error))
+                return
+            if claim is None:
+                return
+            key = str(claim.migration.id)
+            task = asyncio.create_task(self._work(claim), name=f"migration {key}")
+            self._active[key] = task
+            task.add_done_callback(lambda _, key=key: self._active.pop(key, None))  # type: ignore[misc]
+
+    async def _work(self, claim: Claim) -> None:
+        migration = claim.migration
+        structlog.contextvars.bind_contextvars(migration=str(migration.id), tenant=str(migration.tenant))
+        log.info("claimed", action="claim", epoch=claim.epoch, status=migration.status.value)
+        try:
+            await Work(claim, self.store, self.make_move, self.clock, self.lease_s, self._failures).run()
+        except LeaseLost:
+            log.warning("another daemon took over", action="lease_lost")
+        except MoverError as error:
+            # the platform database is away: the lease runs out and somebody claims it again
+            log.warning("left for later", action="left", error=str(error))
+
+
+@dataclass
+class Work:
+    """One claim: the migration's task beside its heartbeat."""
+
+    claim: Claim
+    store: MoveStore
+    make_move: MoveMaker
+    clock: Clock
+    lease_s: float
+    failures: dict[str, int]
+    progress: Progress = field(default_factory=Progress)
+    _wish: Wish | None = None
+    _move: Move | None = None
+
+    async def run(self) -> None:
+        """Work until the migration rests, and leave it so that any daemon can go on."""
+        task = asyncio.create_task(self._attempt(), name="attempt")
+        heart = asyncio.create_task(self._beat(task), name="heartbeat")
+        try:
+            await asyncio.wait([task, heart], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            heart.cancel()
+            task.cancel()
+            await asyncio.wait([task, heart])
+        if not heart.cancelled() and (error := heart.exception()):
+            raise error
+        if task.cancelled():
+            await self._obey()
+        elif error := task.exception():
+            raise error
+
+    async def _attempt(self) -> None:
+        migration = self.claim.migration
+        try:
+            self._move = move = await self.make_move(self.claim, self.progress)
+            if migration.status is Status.ROLLING_BACK:
+                await move.undo()
+            else:
+                await move.run()
+            self.failures.pop(str(migration.id), None)
+            await self._save()
+        except LeaseLost:
+            raise
+        except MoverError as error:
+            await self._after(error)
+
+    async def _after(self, error: MoverError) -> None:
+        """What the error's remedy says, and nothing else."""
+        log.error("stopped", action="stopped", code=error.code, remedy=error.remedy.value, error=str(error))
+        await self._save()
+        await self.store.event(self.claim, str(error), "error", code=error.code, hint=error.hint or "")
+        facts = describe(error)
+        undoing = self.claim.migration.status is Status.ROLLING_BACK
+        match error.remedy:
+            case Remedy.RETRY:
+                await self._try_later(error)
+            case Remedy.PAUSE if not undoing:
+                await self.store.set_status(self.claim, Status.PAUSED, error=facts)
+                await self.store.release(self.claim)
+            case Remedy.ABORT if not undoing and not await self.store.is_switched(self.claim):
+                await self.store.set_status(
+                    self.claim, Status.ROLLING_BACK, error=facts, outcome=Status.FAILED
+                )
+                await self.store.release(self.claim)
+            case _:
+                await self.store.note_error(self.claim, facts)
+                await self.store.release(self.claim, HALTED_S)
+
+    async def _try_later(self, error: MoverError) -> None:
+        key = str(self.claim.migration.id)
+        self.failures[key] = self.failures.get(key, 0) + 1
+        first, longest = BACKOFF_S
+        delay = min(longest, first * 2 ** (self.failures[key] - 1))
+        self.progress.waiting_for = f"{error}; trying again in {delay:.0f} s"
+        await self._save()
+        await self.store.note_error(self.claim, describe(error))
+        await self.store.release(self.claim, delay)
+
+    async def _obey(self) -> None:
+        """The task was cancelled: by a wish, or because the daemon stops."""
+        await self._save()
+        switched = self._wish is not None and await self.store.is_switched(self.claim)
+        if switched:
+            await self.store.event(
+                self.claim, f"{self._wish} came after the switch and is ignored", "warning"
+            )
+        elif self._wish is Wish.PAUSE:
+            await self.store.set_status(self.claim, Status.PAUSED)
+        elif self._wish is Wish.CANCEL:
+            await self.store.set_status(self.claim, Status.ROLLING_BACK, outcome=Status.CANCELLED)
+        await self.store.release(self.claim)
+        log.info("released", action="release", wish=self._wish and self._wish.value)
+
+    async def _beat(self, task: asyncio.Task[None]) -> None:
+        """Renew the lease, show progress, hear wishes. Losing the lease ends the work at once."""
+        beat_every = self.lease_s / HEARTBEATS_PER_LEASE
+        renewed = beat_at = self.clock.monotonic()
+        while True:
+            if self.clock.monotonic() >= beat_at:
+                try:
+                    self._wish = await self.store.heartbeat(self.claim, self.lease_s)
+                    renewed = self.clock.monotonic()
+                except LeaseLost:
+                    raise
+                except MoverError as error:
+                    if self.clock.monotonic() - renewed > self.lease_s:
+                        raise LeaseLost("the lease ran out while the platform database was away") from error
+                if self._wish is not None:
+                    task.cancel()
+                    return
+                beat_at = self.clock.monotonic() + beat_every
+            await self._measure()
+            await self.clock.sleep(min(PROGRESS_S, beat_every))
+
+    async def _measure(self) -> None:
+        follower = self._move.follower if self._move is not None else None
+        try:
+            if follower is not None:
+                self.progress.lag_bytes = await follower.lag_bytes()
+            await self.store.save_progress(self.claim, self.progress)
+        except LeaseLost:
+            raise
+        except MoverError as error:
+            log.debug("progress not saved", action="progress", error=str(error))
+
+    async def _save(self) -> None:
+        await self.store.save_progress(self.claim, self.progress)
+
+
+def describe(error: MoverError) -> Mapping[str, str]:
+    """The API's error object."""
+    facts = {"code": error.code, "message": str(error), "hint": error.hint}
+    where = {"tenant": error.where.tenant, "table": error.where.table, "lsn": error.where.lsn}
+    return {key: str(value) for key, value in (facts | where).items() if value is not None}

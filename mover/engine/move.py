@@ -1,0 +1,385 @@
+"""A migration from beginning to end. Read `Move` top to bottom: it is the algorithm.
+
+Every phase may be entered again after a crash: it asks the world what is done, and the journal was
+written before the world changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Protocol
+
+import structlog
+
+from cutover.ports import Cache, Sequences
+from cutover.protocol import Report, World, cut_over, recover
+from mover.core.errors import (
+    CutoverAborted,
+    DamageAfterSwitch,
+    MoverError,
+    OutcomeUnknown,
+    Refused,
+    Remedy,
+    VerificationFailed,
+    Where,
+    first_error,
+)
+from mover.core.migration import Claim, Place, Progress
+from mover.core.states import PHASES, Phase, Status
+from mover.core.tables import MovedTable, Plan, Shape
+from mover.engine.copy import WaveCopy
+from mover.engine.follow import Follower
+from mover.engine.site import Link, Site
+from mover.engine.verify import Verification
+from mover.ports import Clock, MoveStore
+
+# Near enough to begin with verification; the rest is drained again and again on the way.
+SMALL_LAG_BYTES = 1 << 20
+# After an aborted attempt writers get this long before the next one; doubled up to the second number.
+CUTOVER_BACKOFF_S = (1.0, 30.0)
+MONITOR_INTERVAL_S = 5.0
+SETTLE_INTERVAL_S = 0.2
+# For a cutover that is being undone or finished when the daemon is told to stop.
+CANCEL_PATIENCE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an operator has set."""
+
+    copy_workers: int
+    wave_seconds: float
+    pause_budget_s: float
+    monitoring_s: float
+
+
+class Observer(Protocol):
+    """Hears what metrics need."""
+
+    def phase_took(self, phase: Phase, seconds: float) -> None: ...
+
+    def chunk_copied(self, rows: int, size: int) -> None: ...
+
+    def rows_verified(self, rows: int) -> None: ...
+
+    def integrity_failed(self) -> None: ...
+
+    def cutover(self, outcome: str, pause_ms: float | None) -> None: ...
+
+
+@dataclass
+class Move:
+    """One claim's work on one migration."""
+
+    claim: Claim
+    source: Place
+    target: Place
+    store: MoveStore
+    site: Site
+    cache: Cache
+    limits: Limits
+    clock: Clock
+    observer: Observer
+    progress: Progress = field(default_factory=Progress)
+    follower: Follower | None = None
+    switched_at: datetime | None = None
+
+    async def run(self) -> None:
+        """From where the journal stands to `completed`."""
+        if self._was_reached(Phase.MONITOR):
+            plan = await self._stored_plan()
+        else:
+            plan = await self._begin()
+            await self._transfer(plan.shape)
+        await self._monitor(plan.shape)
+        await self._clean_up(plan.shape)
+
+    async def undo(self) -> None:
+        """Remove everything we made; the source never noticed. Ends as `outcome` says."""
+        plan = await self.store.load_plan(self.claim)
+        if plan is not None:
+            if await self.store.is_switched(self.claim):
+                raise DamageAfterSwitch("a switched migration cannot be undone by removing its target")
+            await self._say("undoing: removing everything this migration made")
+            await self.site.take_over()
+            await self.site.reopen_source()
+            await self._remove_all(plan.shape)
+        outcome = self.claim.migration.outcome or Status.CANCELLED
+        await self.store.set_status(self.claim, outcome, error=self.claim.migration.error)
+
+    async def _begin(self) -> Plan:
+        """The phases before rows flow; a plan that was stored is kept."""
+        plan = await self.store.load_plan(self.claim)
+        if plan is None:
+            async with self._phase(Phase.PREFLIGHT):
+                plan = await self.site.preflight()
+                if plan.refusals:
+                    raise refusal(plan)
+                await self.store.save_plan(self.claim, plan)
+        async with self._phase(Phase.PROVISION):
+            await self.site.provision()
+        async with self._phase(Phase.PREPARE):
+            await self._prepare(plan.shape)
+        return plan
+
+    async def _stored_plan(self) -> Plan:
+        plan = await self.store.load_plan(self.claim)
+        if plan is None:
+            raise MoverError("the migration has no stored plan")
+        return plan
+
+    async def _prepare(self, shape: Shape) -> None:
+        await self._step("prepare.ownership", self.site.take_over())
+        await self._step("prepare.schemas", self.site.clone_schemas(shape))
+        await self._step("prepare.identity", self.site.identify_rows(shape, self._say))
+        await self._step("prepare.guards", self.site.guard(shape, self._say))
+        await self._step("prepare.stream", self.site.publish(shape, self._say))
+
+    async def _transfer(self, shape: Shape) -> None:
+        """Rows flow: copy, follow, prove, switch. One follower serves all four."""
+        async with self.site.link(shape) as link, AsyncExitStack() as closing:
+            follower = self.follower = Follower(link.stream, link.source, link.target, self.progress)
+            closing.push_async_callback(link.stream.close)
+            verification = self._verification_of(shape, link, follower)
+            closing.push_async_callback(verification.close)
+            sequences = await closing.enter_async_context(self.site.sequences(shape))
+            world = self._world(follower, verification, sequences)
+            if self._was_reached(Phase.CUTOVER) and await recover(world):
+                return
+            copy = self._copy_of(shape, link, follower)
+            await copy.load()
+            await follower.start()
+            with first_error():
+                async with asyncio.TaskGroup() as tasks:
+                    following = tasks.create_task(follower.run(), name="follower")
+                    async with self._phase(Phase.COPY):
+                        await copy.run()
+                    async with self._phase(Phase.INDEX), follower.paused():
+                        await self.site.build_rest(shape)
+                    async with self._phase(Phase.CATCH_UP):
+                        await self._catch_up(follower)
+                    async with self._phase(Phase.VERIFY):
+                        await verification.until_small()
+                    async with self._phase(Phase.CUTOVER):
+                        switched = await self._cut_over(world, follower, verification)
+                    following.cancel()
+            if switched:
+                await self._compare_completely(verification)
+
+    def _world(self, follower: Follower, verification: Verification, sequences: Sequences) -> World:
+        return World(
+            source=self.site.source_fence,
+            target=self.site.target_fence,
+            drain=follower,
+            proof=verification,
+            sequences=sequences,
+            decision=RouteDecision(self.store, self.claim, self.source, self.target),
+            cache=self.cache,
+            clock=self.clock,
+        )
+
+    def _verification_of(self, shape: Shape, link: Link, follower: Follower) -> Verification:
+        def on_rows(rows: int) -> None:
+            self.progress.rows_compared += rows
+            self.observer.rows_verified(rows)
+
+        return Verification(
+            tenant=self.claim.migration.tenant,
+            tables=shape.tables,
+            follower=follower,
+            target=link.target,
+            source_readers=link.source_readers,
+            target_readers=link.target_readers,
+            on_rows=on_rows,
+        )
+
+    def _copy_of(self, shape: Shape, link: Link, follower: Follower) -> WaveCopy:
+        self.progress.rows_total = sum(t.estimated_rows for t in shape.tables)
+        self.progress.bytes_total = sum(t.estimated_bytes for t in shape.tables)
+
+        async def build_keys(tables: list[MovedTable]) -> None:
+            await self.site.build_keys(shape, tables)
+
+        return WaveCopy(
+            shape=shape,
+            copier=link.copier,
+            target=link.target,
+            follower=follower,
+            progress=self.progress,
+            clock=self.clock,
+            workers=self.limits.copy_workers,
+            wave_seconds=self.limits.wave_seconds,
+            build_keys=build_keys,
+            on_chunk=self.observer.chunk_copied,
+        )
+
+    async def _catch_up(self, follower: Follower) -> None:
+        while True:
+            await follower.catch_up_once()
+            if await follower.lag_bytes() < SMALL_LAG_BYTES:
+                return
+
+    async def _cut_over(self, world: World, follower: Follower, verification: Verification) -> bool:
+        """Attempts until one fits the budget; an attempt that does not leaves no trace.
+
+        False when the switch is certain but was settled without the final snapshots."""
+        backoff, longest = CUTOVER_BACKOFF_S
+        while True:
+            await self._catch_up(follower)
+            await verification.until_small()
+            try:
+                report = await _to_the_end(cut_over(world, self.limits.pause_budget_s))
+            except CutoverAborted as error:
+                self.observer.cutover("aborted", None)
+                self.progress.waiting_for = f"the next cutover attempt: {error}"
+                await self._say(f"cutover: {error}; trying again in {backoff:.0f} s", level="warning")
+                await self.clock.sleep(backoff)
+                self.progress.waiting_for = None
+                backoff = min(backoff * 2, longest)
+            except OutcomeUnknown:
+                if await self._settle(world):
+                    return False
+            else:
+                await self._switched(report)
+                return True
+
+    async def _settle(self, world: World) -> bool:
+        """The decision's answer was lost: the fence stays closed until the platform database tells."""
+        self.progress.waiting_for = "the platform database, for the outcome of the decision"
+        while True:
+            try:
+                switched = await recover(world)
+            except MoverError as error:
+                if error.remedy is not Remedy.RETRY:
+                    raise
+                await self.clock.sleep(SETTLE_INTERVAL_S)
+            else:
+                self.progress.waiting_for = None
+                return switched
+
+    async def _switched(self, report: Report) -> None:
+        self.switched_at = datetime.now(UTC)
+        self.progress.pause_ms = report.pause_ms
+        self.progress.evidence |= {**report.evidence, "pause_steps_ms": dict(report.steps_ms)}
+        self.observer.cutover("switched", report.pause_ms)
+        await self._say(f"switched to {self.target}: pause {report.pause_ms:.0f} ms, {report.steps_ms}")
+
+    async def _compare_completely(self, verification: Verification) -> None:
+        """Every row once more, independent of the stream; the source is kept if they differ."""
+        await self.store.begin_step(self.claim, "cutover.complete_comparison")
+        try:
+            verdict = await verification.complete()
+        except VerificationFailed as error:
+            await self.store.end_step(self.claim, "cutover.complete_comparison", detail=str(error), ok=False)
+            self.observer.integrity_failed()
+            raise DamageAfterSwitch(
+                f"after the switch: {error}",
+                where=error.where,
+                hint="The source keeps the rows as they were at the switch; nothing is cleaned up.",
+            ) from error
+        self.progress.evidence |= {
+            "source_root": verdict.source_root,
+            "target_root": verdict.target_root,
+            "source_rows": verdict.source_rows,
+            "target_rows": verdict.target_rows,
+        }
+        detail = f"{verdict.source_rows} rows equal, root {verdict.source_root}"
+        await self.store.end_step(self.claim, "cutover.complete_comparison", detail=detail)
+        await self._say(f"verified: {detail}")
+
+    async def _monitor(self, shape: Shape) -> None:
+        """The window before the source is cleaned. The forward stream is over."""
+        async with self._phase(Phase.MONITOR):
+            await self._step("monitor.stop_stream", self.site.stop_stream(self._say))
+            await self._step("monitor.identity", self.site.restore_identity(shape, self._say))
+            while (left := self._window_left()) > 0:
+                self.progress.eta_seconds = left
+                await self.clock.sleep(min(left, MONITOR_INTERVAL_S))
+            self.progress.eta_seconds = None
+
+    async def _clean_up(self, shape: Shape) -> None:
+        async with self._phase(Phase.CLEANUP):
+            await self._step("cleanup.source_rows", self.site.remove_source_rows(shape, self._say))
+            await self._step("cleanup.target_guards", self.site.unguard_target(shape, self._say))
+            await self._step("cleanup.forget", self.site.forget())
+        await self.store.set_status(self.claim, Status.COMPLETED)
+
+    async def _remove_all(self, shape: Shape) -> None:
+        await self._step("undo.stream", self.site.stop_stream(self._say))
+        await self._step("undo.source_guards", self.site.unguard_source(shape, self._say))
+        await self._step("undo.target_guards", self.site.unguard_target(shape, self._say))
+        await self._step("undo.target_rows", self.site.remove_target_rows(shape, self._say))
+        await self._step("undo.identity", self.site.restore_identity(shape, self._say))
+        await self._step("undo.forget", self.site.forget())
+
+    def _window_left(self) -> float:
+        """Seconds until the source may be cleaned."""
+        switched_at = self.switched_at or self.claim.migration.switched_at or datetime.now(UTC)
+        return self.limits.monitoring_s - (datetime.now(UTC) - switched_at).total_seconds()
+
+    def _was_reached(self, phase: Phase) -> bool:
+        """Whether an earlier owner had begun `phase`."""
+        reached = self.claim.migration.phase
+        return reached is not None and PHASES.index(reached) >= PHASES.index(phase)
+
+    @asynccontextmanager
+    async def _phase(self, phase: Phase) -> AsyncIterator[None]:
+        """Journal the phase; one that an earlier owner had passed is only checked again."""
+        started = self.clock.monotonic()
+        if not self._was_reached(phase) or self.claim.migration.phase is phase:
+            await self.store.enter_phase(self.claim, phase)
+        structlog.contextvars.bind_contextvars(phase=phase.value)
+        await self._step_begins(phase.value)
+        yield
+        await self.store.end_step(self.claim, phase.value)
+        self.observer.phase_took(phase, self.clock.monotonic() - started)
+
+    async def _step_begins(self, name: str) -> None:
+        await self.store.begin_step(self.claim, name)
+
+    async def _step(self, name: str, work: Awaitable[None]) -> None:
+        """One line of the journal, written before the world changes."""
+        await self._step_begins(name)
+        await work
+        await self.store.end_step(self.claim, name)
+
+    async def _say(self, message: str, level: str = "info") -> None:
+        await self.store.event(self.claim, message, level)
+
+
+@dataclass(frozen=True, slots=True)
+class RouteDecision:
+    """Implements cutover.ports.Decision on the platform database."""
+
+    store: MoveStore
+    claim: Claim
+    source: Place
+    target: Place
+
+    async def switch(self, evidence: Mapping[str, object]) -> None:
+        await self.store.decide(self.claim, self.source, self.target, evidence)
+
+    async def is_switched(self) -> bool:
+        return await self.store.is_switched(self.claim)
+
+
+def refusal(plan: Plan) -> Refused:
+    """Every refusal in one error: which, why, what to do."""
+    reasons = [f"{f.message} ({f.hint})" for f in plan.refusals]
+    first = plan.refusals[0]
+    return Refused("; ".join(reasons), where=Where(table=first.table), hint=first.hint)
+
+
+async def _to_the_end(work: Coroutine[None, None, Report]) -> Report:
+    """A cancellation waits for a cutover that has begun: it ends or undoes itself within its budget."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task], timeout=CANCEL_PATIENCE_S)
+        task.cancel()
+        raise

@@ -1,0 +1,104 @@
+"""The judgement before a migration: facts in, a plan with every reason to refuse out. Pure.
+
+What can be wrong is in `preflight_checks`; which table is moved, in `table_classes`.
+"""
+
+from __future__ import annotations
+
+from mover.core.ddl import rename_schemas
+from mover.core.facts import Facts, Relation, ServerFacts
+from mover.core.tables import Column, Finding, MovedTable, Plan, SequenceRef, Shape
+from mover.engine import table_classes
+from mover.engine.preflight_checks import CHECKS, listed
+from mover.engine.table_classes import Classes
+
+
+def judge(facts: Facts) -> Plan:
+    """The plan, with all refusals and warnings at once."""
+    classes = table_classes.classify(facts)
+    ordered, cycle = table_classes.parents_first(classes.moved, facts.source.foreign_keys)
+    findings = [finding for check in CHECKS for finding in check(facts, classes)]
+    if cycle:
+        findings.append(_cycle(cycle))
+    return Plan(
+        shape=Shape(
+            schemas=dict(facts.schemas),
+            tables=tuple(_moved_table(facts, relation) for relation in ordered),
+            sequences=_sequences(facts, classes),
+            fresh=facts.fresh,
+        ),
+        findings=tuple(findings),
+        classes={str(ref): name for ref, name in classes.names.items()},
+        facts=_shown_facts(facts, classes),
+    )
+
+
+def _moved_table(facts: Facts, relation: Relation) -> MovedTable:
+    rows = facts.rows.get(relation.ref)
+    return MovedTable(
+        source=relation.ref,
+        target=facts.mapped(relation.ref),
+        columns=tuple(
+            Column(
+                name=column.name,
+                source_type=column.type,
+                target_type=rename_schemas(column.type, facts.schemas),
+                generated=bool(column.generated),
+                identity_always=column.identity == "a",
+                not_null=column.not_null,
+                collatable=column.collatable,
+            )
+            for column in relation.columns
+        ),
+        key=relation.key,
+        tenant_column=facts.tenancy.column,
+        estimated_rows=rows.rows if rows else 0,
+        estimated_bytes=rows.bytes if rows else 0,
+    )
+
+
+def _sequences(facts: Facts, classes: Classes) -> tuple[SequenceRef, ...]:
+    """Those of moved tables, and those that no table owns: code may draw from them by name."""
+    moved = {relation.ref for relation in classes.moved}
+    return tuple(
+        SequenceRef(s.ref, facts.mapped(s.ref))
+        for s in facts.source.sequences
+        if s.owner is None or s.owner in moved
+    )
+
+
+def _shown_facts(facts: Facts, classes: Classes) -> dict[str, object]:
+    column = facts.tenancy.column
+    return {
+        "source": _shown_server(facts.source.server),
+        "target": _shown_server(facts.target.server),
+        "fresh_target": facts.fresh,
+        "rows": sum(r.rows for r in facts.rows.values()),
+        "bytes": sum(r.bytes for r in facts.rows.values()),
+        "rows_exact": all(r.exact for r in facts.rows.values()),
+        "replica_identity_changes": [str(r.ref) for r in classes.moved if not r.identity_covers(column)],
+    }
+
+
+def _shown_server(server: ServerFacts) -> dict[str, object]:
+    return {
+        "version": server.version,
+        "system_identifier": server.system_identifier,
+        "timeline": server.timeline,
+        "wal_level": server.wal_level,
+        "role": server.role,
+        "free_slots": server.slots_max - server.slots_used,
+        "free_wal_senders": server.senders_max - server.senders_used,
+        "free_connections": server.connections_free,
+        "max_slot_wal_keep_mb": server.slot_wal_keep_mb,
+        "long_transactions": len(server.long_transactions),
+    }
+
+
+def _cycle(tables: list[Relation]) -> Finding:
+    return Finding(
+        "foreign_key_cycle",
+        f"foreign keys form a cycle among {listed(str(t.ref) for t in tables)}",
+        "Nothing to do: rows are applied without checking foreign keys, and compared at the end.",
+        warning=True,
+    )

@@ -1,0 +1,124 @@
+"""The two databases of a migration, as the engine sees them. The adapter is `postgres/site.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from cutover.ports import Fence, Sequences, TargetFence
+from mover.core.ids import TenantId
+from mover.core.tables import MovedTable, Plan, Shape
+from mover.ports import ApplyTarget, ChangeSource, ChangeStream, Copier
+from verify.ports import DigestReader
+
+
+class SnapshotReaders(Protocol):
+    """Open connections to one side, for the `verify` package; shares nothing with the copy path."""
+
+    def at_snapshot(
+        self, tenant: TenantId, snapshot_id: str | None = None
+    ) -> AbstractAsyncContextManager[DigestReader]:
+        """A reader under an exported snapshot, or under a new one that it takes now."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The open connections between the two sides while rows flow."""
+
+    stream: ChangeStream
+    source: ChangeSource
+    target: ApplyTarget
+    copier: Copier
+    source_readers: SnapshotReaders
+    target_readers: SnapshotReaders
+
+
+Say = Callable[[str], Awaitable[None]]
+
+
+class Site(Protocol):
+    """The two databases of one migration, and everything that we make on them.
+
+    Every method may be repeated: it asks the world whether its work is done. `say` tells people what a
+    method waits for."""
+
+    async def preflight(self) -> Plan: ...
+
+    @property
+    def source_fence(self) -> Fence: ...
+
+    @property
+    def target_fence(self) -> TargetFence: ...
+
+    def sequences(self, shape: Shape) -> AbstractAsyncContextManager[Sequences]: ...
+
+    async def provision(self) -> None:
+        """The target's database exists and answers."""
+        ...
+
+    async def take_over(self) -> None:
+        """Install our schema on both sides and raise the epoch there; ends an old owner's backends."""
+        ...
+
+    async def clone_schemas(self, shape: Shape) -> None:
+        """The target's schemas, without indexes; or a check that they equal the source's."""
+        ...
+
+    async def build_keys(self, shape: Shape, tables: Sequence[MovedTable]) -> None:
+        """The primary keys of these tables on a fresh target."""
+        ...
+
+    async def build_rest(self, shape: Shape) -> None:
+        """Everything else on a fresh target: indexes, constraints, triggers, statistics."""
+        ...
+
+    async def identify_rows(self, shape: Shape, say: Say) -> None:
+        """Replica identities that cover the tenant column."""
+        ...
+
+    async def guard(self, shape: Shape, say: Say) -> None:
+        """Guards on both sides: the source's fence open, the target's closed."""
+        ...
+
+    async def publish(self, shape: Shape, say: Say) -> None:
+        """The publication, then the slot, then the stream's starting position on the target."""
+        ...
+
+    def link(self, shape: Shape) -> AbstractAsyncContextManager[Link]: ...
+
+    async def slot_health(self) -> tuple[int, str] | None:
+        """WAL bytes that the slot retains, and its wal_status; None when it is gone."""
+        ...
+
+    async def stop_stream(self, say: Say) -> None:
+        """Drop the slot, then the publication."""
+        ...
+
+    async def restore_identity(self, shape: Shape, say: Say) -> None: ...
+
+    async def reopen_source(self) -> None:
+        """Whatever a dead owner left closed: the tenant writes at the source."""
+        ...
+
+    async def unguard_source(self, shape: Shape, say: Say) -> None: ...
+
+    async def unguard_target(self, shape: Shape, say: Say) -> None: ...
+
+    async def remove_target_rows(self, shape: Shape, say: Say) -> None:
+        """The tenant's rows on the target, or all that was not there before us."""
+        ...
+
+    async def remove_source_rows(self, shape: Shape, say: Say) -> None:
+        """The tenant's rows on the source, in throttled batches, children first."""
+        ...
+
+    async def forget(self) -> None:
+        """Our rows about this migration on both sides, and our schema with the last of them."""
+        ...
+
+    async def refused_writes(self) -> int:
+        """Writes that the guard on the source has refused."""
+        ...

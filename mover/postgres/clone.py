@@ -1,0 +1,269 @@
+"""Clones the source's schemas into the target under their mapped names, in the halves that a load wants.
+
+Nothing is stored between the halves: the DDL is read again from the source, and each statement is run
+only where the catalog says that its object is not there yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import errors, sql
+from psycopg.rows import dict_row
+
+from mover.core import ddl
+from mover.core.ddl import Created, Statement
+from mover.core.errors import LockNotAvailable, Refused, first_error
+from mover.core.ids import MigrationId, TableRef
+from mover.postgres import catalog, owner, pg_dump
+from mover.postgres.connect import Database
+from mover.sql import load
+
+Connection = psycopg.AsyncConnection[Any]
+
+# What pg_dump sets for a restore, as far as every supported version knows it.
+_SETTINGS: Mapping[str, str] = {
+    "check_function_bodies": "off",
+    "xmloption": "content",
+    "client_min_messages": "warning",
+    "standard_conforming_strings": "on",
+}
+_INDEX_SETTINGS: Mapping[str, str] = {
+    **_SETTINGS,
+    "maintenance_work_mem": "256MB",
+    "max_parallel_maintenance_workers": "2",
+}
+_MARK = "made by mover, migration "
+_DEADLOCK_TRIES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class ClonedDdl:
+    """The source's DDL under the target's names, in pg_dump's order."""
+
+    comments: Mapping[str, str | None]  # the target's schemas, with the comments that they shall have
+    pre: tuple[Statement, ...]  # schemas, types, functions, tables, sequences, defaults, views
+    keys: Mapping[TableRef, tuple[Statement, ...]]  # primary keys, by the target's table
+    post: tuple[Statement, ...]  # everything else
+
+
+async def read_ddl(
+    source: Database,
+    target: Database,
+    schemas: Mapping[str, str],
+    *,
+    bin_dirs: Sequence[Path] = (),
+) -> ClonedDdl:
+    """The DDL of the source's schemas for this target, without ours and without what it cannot hold."""
+    async with source.connect("dump") as ours, target.connect("dump") as theirs:
+        major = max(ours.info.server_version, theirs.info.server_version) // 10000
+        roles = {row["name"]: row["member"] for row in await catalog.rows(theirs, "roles")}
+        comments = await catalog.existing_schemas(ours, schemas)
+    program = await pg_dump.find(major, bin_dirs)
+    names = sorted(schemas)
+    pre, post = [
+        _for_target(await pg_dump.run(program, source, names, section), schemas, roles)
+        for section in ("pre-data", "post-data")
+    ]
+    keys: dict[TableRef, tuple[Statement, ...]] = {}
+    rest = []
+    for statement in post:
+        made = ddl.created(statement.sql)
+        if made is not None and made.kind == "constraint" and ddl.has_words(statement.sql, "primary", "key"):
+            keys[made.on] = (*keys.get(made.on, ()), statement)
+        else:
+            rest.append(statement)
+    named = {schemas[schema]: comment for schema, comment in comments.items()}
+    return ClonedDdl(named, tuple(pre), keys, tuple(rest))
+
+
+def _for_target(dump: str, schemas: Mapping[str, str], roles: Mapping[str, bool]) -> list[Statement]:
+    return [
+        replace(statement, sql=_repeatable(ddl.rename_schemas(statement.sql, schemas)))
+        for statement in ddl.split(dump)
+        if not ddl.is_ours(statement.sql) and _fits(statement, roles)
+    ]
+
+
+def _fits(statement: Statement, roles: Mapping[str, bool]) -> bool:
+    """Session settings are ours to choose; a privilege needs its roles (known -> whether we may act for
+    it); a schema's comment carries our mark."""
+    words = [t.word for t in ddl.significant(statement.sql)[:3]]
+    if words[0] in ("set", "reset") or (words[0] == "select" and "set_config" in statement.sql):
+        return False
+    if words == ["comment", "on", "schema"]:
+        return False
+    if statement.type == "DEFAULT ACL" and not roles.get(ddl.default_privileges_of(statement.sql) or ""):
+        return False
+    if statement.type in ("ACL", "DEFAULT ACL"):
+        return ddl.roles(statement.sql) <= roles.keys()
+    return True
+
+
+def _repeatable(statement: str) -> str:
+    """Functions are replaced; for other objects the catalog is asked first."""
+    for kind in ("FUNCTION", "PROCEDURE"):
+        if statement.startswith(f"CREATE {kind} "):
+            return statement.replace(f"CREATE {kind} ", f"CREATE OR REPLACE {kind} ", 1)
+    return statement
+
+
+async def apply_pre(target: Database, cloned: ClonedDdl, migration: MigrationId) -> None:
+    """Everything but keys, indexes and what follows, in one transaction; marked as made by `migration`.
+
+    Raises Refused when a schema is there that this migration did not make."""
+    async with target.connect("clone", **_SETTINGS) as conn, conn.transaction():
+        await _hold(conn, target)
+        there = await catalog.existing_schemas(conn, cloned.comments)
+        if there.keys() == cloned.comments.keys() and all(_made_by(c, migration) for c in there.values()):
+            return
+        if there:
+            raise Refused(
+                f"schema {', '.join(sorted(there))} is already on {target.label}",
+                hint="Drop it when it is a leftover, or let preflight compare it.",
+            )
+        for statement in cloned.pre:
+            await conn.execute(sql.SQL(statement.sql))
+        for schema, comment in cloned.comments.items():
+            await _comment(conn, schema, f"{_MARK}{migration}\n{comment or ''}")
+
+
+async def build_keys(target: Database, cloned: ClonedDdl, tables: Collection[TableRef]) -> None:
+    """The primary keys of these tables of the target."""
+    statements = [s for table in tables for s in cloned.keys.get(table, ())]
+    async with target.connect("keys", **_INDEX_SETTINGS) as conn:
+        there = await _existing(conn, {table.schema for table in tables})
+        for statement in statements:
+            if ddl.created(statement.sql) not in there:
+                await _run_held(conn, target, statement)
+
+
+async def build_rest(target: Database, cloned: ClonedDdl, *, workers: int) -> None:
+    """Indexes, then foreign keys, both in parallel; then the rest in order; then statistics."""
+    await build_keys(target, cloned, list(cloned.keys))
+    async with target.connect("index") as conn:
+        there = await _existing(conn, cloned.comments)
+    indexes, foreign_keys, rest = _stages(cloned.post)
+    await _in_parallel(target, [s for s in indexes if ddl.created(s.sql) not in there], workers)
+    await _in_parallel(target, [s for s in foreign_keys if ddl.created(s.sql) not in there], workers)
+    async with target.connect("index", **_INDEX_SETTINGS) as conn:
+        for statement in rest:
+            if ddl.created(statement.sql) not in there:
+                await _run_held(conn, target, statement)
+        for table in sorted(cloned.keys):
+            await conn.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(table.schema, table.name)))
+
+
+def _stages(
+    statements: Sequence[Statement],
+) -> tuple[list[Statement], list[Statement], list[Statement]]:
+    """Indexes, foreign keys, the rest. An index of a view that is itself built here stays behind it."""
+    made_here = [ddl.created(s.sql) for s in statements]
+    late = {made.on for made in made_here if made is not None and made.kind == "view"}
+    indexes: list[Statement] = []
+    foreign_keys: list[Statement] = []
+    rest: list[Statement] = []
+    for statement in statements:
+        made = ddl.created(statement.sql)
+        if statement.type == "FK CONSTRAINT" and made is not None:
+            foreign_keys.append(statement)
+        elif made is not None and _is_index(made, statement) and made.on not in late:
+            indexes.append(statement)
+        else:
+            rest.append(statement)
+    return indexes, foreign_keys, rest
+
+
+def _is_index(made: Created, statement: Statement) -> bool:
+    """Also a unique or exclusion constraint."""
+    return made.kind == "index" or (made.kind == "constraint" and statement.type == "CONSTRAINT")
+
+
+async def _in_parallel(target: Database, statements: Sequence[Statement], workers: int) -> None:
+    """Each statement in a transaction of its own, on up to `workers` connections."""
+    waiting = list(reversed(statements))
+
+    async def work() -> None:
+        async with target.connect("index", **_INDEX_SETTINGS) as conn:
+            while waiting:
+                await _run_held(conn, target, waiting.pop())
+
+    with first_error():
+        async with asyncio.TaskGroup() as group:
+            for number in range(min(workers, len(statements))):
+                group.create_task(work(), name=f"index-{number}")
+
+
+async def _run_held(conn: Connection, target: Database, statement: Statement) -> None:
+    """One statement under the owner's epoch; two foreign keys on one table may deadlock, and are retried."""
+    for _ in range(_DEADLOCK_TRIES):
+        try:
+            async with conn.transaction():
+                await _hold(conn, target)
+                await conn.execute(sql.SQL(statement.sql))
+                return
+        except errors.DeadlockDetected:
+            continue
+    raise LockNotAvailable(f"{target.label}: {statement.type.lower()} {statement.name} met deadlocks")
+
+
+async def _hold(conn: Connection, target: Database) -> None:
+    if target.identity is not None:
+        await owner.hold(conn, target.identity)
+
+
+async def _existing(conn: Connection, schemas: Collection[str]) -> set[Created]:
+    """The named objects of the schemas that a statement could be about to make."""
+    async with conn.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(load("clone")["existing"], {"schemas": list(schemas)})
+        return {
+            Created(row["kind"], TableRef(row["schema"], row["table_name"]), row["name"])
+            async for row in cursor
+        }
+
+
+def _made_by(comment: str | None, migration: MigrationId) -> bool:
+    return comment is not None and comment.split("\n")[0] == _MARK + str(migration)
+
+
+async def _comment(conn: Connection, schema: str, text: str) -> None:
+    await conn.execute(
+        sql.SQL("COMMENT ON SCHEMA {} IS {}").format(sql.Identifier(schema), sql.Literal(text or None))
+    )
+
+
+async def drop_clone(target: Database, schemas: Collection[str], migration: MigrationId) -> None:
+    """Drop those of the target's `schemas` that this migration made, and only those."""
+
+    async def drop(conn: Connection, mine: Mapping[str, str]) -> None:
+        for schema in mine:
+            await conn.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(schema)))
+
+    await _with_made(target, schemas, migration, drop)
+
+
+async def keep_clone(target: Database, schemas: Collection[str], migration: MigrationId) -> None:
+    """Give the schemas their own comments back: they are no longer ours to drop."""
+
+    async def release(conn: Connection, mine: Mapping[str, str]) -> None:
+        for schema, comment in mine.items():
+            await _comment(conn, schema, comment.partition("\n")[2])
+
+    await _with_made(target, schemas, migration, release)
+
+
+async def _with_made(
+    target: Database,
+    schemas: Collection[str],
+    migration: MigrationId,
+    act: Callable[[Connection, Mapping[str, str]], Any],
+) -> None:
+    async with target.connect("clone", client_min_messages="warning") as conn, conn.transaction():
+        await _hold(conn, target)
+        there = await catalog.existing_schemas(conn, schemas)
+        await act(conn, {name: c for name, c in there.items() if c is not None and _made_by(c, migration)})

@@ -1,0 +1,27 @@
+"""Our own messages inside the source's WAL: marks that the stream must reach, and truncations.
+
+Messages are not filtered by publications: every slot of the database sees those of all migrations, so
+a mark is a token that only its maker waits for.
+"""
+
+from __future__ import annotations
+
+import json
+
+from mover.core.changes import Truncated
+from mover.core.ids import TableRef
+
+MARK_PREFIX = "mover.mark"
+TRUNCATE_PREFIX = "mover.truncate"
+
+# Transactional, so that it stands in the stream where its transaction commits; any role may call it.
+EMIT_MARK = "SELECT pg_logical_emit_message(true, 'mover.mark', %s)"
+
+
+def parse_truncated(content: bytes) -> Truncated | None:
+    """The content that the guard's TRUNCATE trigger writes: a JSON array of schema and table."""
+    try:
+        schema, table = json.loads(content)
+    except ValueError:
+        return None
+    return Truncated(TableRef(schema, table))

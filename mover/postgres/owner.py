@@ -1,0 +1,51 @@
+"""Who owns a migration on one database: the epoch that every transaction there must hold.
+
+A plain SELECT of the epoch lets a suspended owner commit after a new one took over; the row is
+therefore locked until the transaction ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import asyncpg
+import psycopg
+
+from mover.core.errors import LeaseLost
+from mover.postgres.connect import Database, Identity
+
+_HOLD = "SELECT 1 FROM mover.owner WHERE migration = %s AND epoch = %s FOR SHARE"
+_HOLD_BULK = "SELECT 1 FROM mover.owner WHERE migration = $1 AND epoch = $2 FOR SHARE"
+# Waits for transactions of the old owner that hold the row; afterwards they find another epoch.
+_TAKE = """
+INSERT INTO mover.owner AS o (migration, epoch) VALUES (%s, %s)
+ON CONFLICT (migration) DO UPDATE SET epoch = excluded.epoch WHERE o.epoch <= excluded.epoch
+RETURNING epoch
+"""
+_END_OLD_BACKENDS = """
+SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+ WHERE starts_with(application_name, %s) AND NOT starts_with(application_name, %s)
+   AND pid <> pg_backend_pid()
+"""
+
+
+async def hold(conn: psycopg.AsyncConnection[Any], identity: Identity) -> None:
+    """Lock the epoch until the current transaction ends. Raises LeaseLost."""
+    row = await (await conn.execute(_HOLD, (identity.migration, identity.epoch))).fetchone()
+    if row is None:
+        raise LeaseLost("another daemon owns this migration now")
+
+
+async def hold_bulk(conn: asyncpg.Connection[Any], identity: Identity) -> None:
+    """The same on an asyncpg connection."""
+    if await conn.fetchval(_HOLD_BULK, identity.migration, int(identity.epoch)) is None:
+        raise LeaseLost("another daemon owns this migration now")
+
+
+async def take(database: Database, identity: Identity) -> None:
+    """End the old owner's backends and raise the epoch. Raises LeaseLost when a newer owner was here."""
+    async with database.connect("owner", lock_timeout="5s") as conn:
+        await conn.execute(_END_OLD_BACKENDS, (identity.prefix, f"{identity.prefix}{identity.epoch}/"))
+        row = await (await conn.execute(_TAKE, (identity.migration, identity.epoch))).fetchone()
+        if row is None:
+            raise LeaseLost("another daemon owns this migration now")

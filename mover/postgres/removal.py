@@ -1,0 +1,80 @@
+"""Removing a tenant's rows from a side that is left, or whose move was called off.
+
+Always scoped to the tenant, in batches with a pause between them, each in a transaction that holds the
+owner row. Repeatable: what is gone is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from mover.core.ids import TableRef, TenantId
+from mover.postgres import owner
+from mover.postgres.connect import Database, Identity
+
+BATCH_ROWS = 5_000
+# The pause after a batch, as a share of the time it took: other tenants get the larger part.
+REST_SHARE = 0.5
+Say = Callable[[str], Awaitable[None]]
+
+
+async def remove_rows(
+    database: Database,
+    tables: Sequence[tuple[TableRef, str]],
+    tenant: TenantId,
+    identity: Identity,
+    say: Say,
+) -> int:
+    """Delete the tenant's rows of `tables` (each with its tenant column, parents first), children first."""
+    removed = 0
+    async with _connection(database, tenant) as conn:
+        for table, column in reversed(tables):
+            count = 0
+            while batch := await _one_batch(conn, table, column, tenant, identity):
+                count += batch
+            if count:
+                await say(f"removed {count} rows from {table} on the {database.label}")
+            removed += count
+    return removed
+
+
+@asynccontextmanager
+async def _connection(
+    database: Database, tenant: TenantId
+) -> AsyncIterator[psycopg.AsyncConnection[tuple[Any, ...]]]:
+    settings = {"session_replication_role": "replica", "mover.tenant": str(tenant), "lock_timeout": "5s"}
+    async with database.connect("removal", **settings) as conn:
+        yield conn
+
+
+async def _one_batch(
+    conn: psycopg.AsyncConnection[tuple[Any, ...]],
+    table: TableRef,
+    column: str,
+    tenant: TenantId,
+    identity: Identity,
+) -> int:
+    """Locks: ROW EXCLUSIVE and the batch's rows, for one batch."""
+    statement = sql.SQL(
+        "DELETE FROM {table} WHERE {column} = {tenant} AND ctid = ANY (ARRAY("
+        "SELECT ctid FROM {table} WHERE {column} = {tenant} LIMIT {rows}))"
+    ).format(
+        table=sql.Identifier(table.schema, table.name),
+        column=sql.Identifier(column),
+        tenant=sql.Literal(str(tenant)),
+        rows=sql.Literal(BATCH_ROWS),
+    )
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    async with conn.transaction():
+        await owner.hold(conn, identity)
+        cursor = await conn.execute(statement)
+    if cursor.rowcount == BATCH_ROWS:
+        await asyncio.sleep((loop.time() - started) * REST_SHARE)
+    return cursor.rowcount

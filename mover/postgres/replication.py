@@ -1,0 +1,294 @@
+"""The socket between a slot and `core.pgoutput`: START_REPLICATION at libpq level.
+
+psycopg has no replication class; this is the only file that drives `pq` by hand. It decodes while the
+event loop waits for the target, holds a bounded number of bytes, and answers keepalives by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+
+import psycopg
+from psycopg import pq
+from psycopg.conninfo import make_conninfo
+
+from mover.core.changes import Begin, Commit, Delete, Insert, Message, Piece, Relation, RowChange, Update
+from mover.core.errors import SlotLost, Unreachable
+from mover.core.ids import Lsn
+from mover.core.pgoutput import Decoder
+from mover.core.walsender import HEADER_BYTES, ProtocolViolation, parse_keepalive, status_update
+from mover.postgres.connect import Database
+from mover.postgres.marks import MARK_PREFIX, TRUNCATE_PREFIX, parse_truncated
+
+QUEUE_LIMIT_BYTES = 24 << 20
+PIECE_BYTES = 4 << 20
+MESSAGES_PER_TURN = 2_000  # then the event loop gets its turn; about 10 ms of decoding
+STATUS_INTERVAL_S = 5.0
+
+
+class WalStream:
+    """Implements ports.ChangeStream on a pgoutput slot. One reader at a time."""
+
+    def __init__(self, database: Database, slot: str, publication: str) -> None:
+        self._database, self._slot, self._publication = database, slot, publication
+        self._conn: pq.abc.PGconn | None = None
+        self._loop = asyncio.get_running_loop()
+        self._confirmed = Lsn(0)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._decoder = Decoder()
+        self._queue: deque[Piece] = deque()
+        self._queued_bytes = 0
+        self._arrived = asyncio.Event()
+        self._error: Exception | None = None
+        self._begin: Begin | None = None
+        self._changes: list[RowChange] = []
+        self._marks: list[str] = []
+        self._open_bytes = 0
+        self._idle_lsn = Lsn(0)
+        self._reading = False
+        self._turn: asyncio.Handle | None = None
+        self._heartbeat: asyncio.TimerHandle | None = None
+
+    async def start(self, after: Lsn) -> None:
+        """Begin reading transactions that commit after `after`.
+
+        Raises SlotLost when the slot is gone or already ahead of `after`."""
+        await self.close()
+        self._reset()
+        self._confirmed = after
+        await self._release_slot(after)
+        conn = await self._connect()
+        self._conn = conn
+        options = f"proto_version '1', publication_names '{self._publication}', messages 'true'"
+        command = f'START_REPLICATION SLOT "{self._slot}" LOGICAL {after} ({options})'
+        await self._send_query(conn, command.encode())
+        self._resume_reading()
+        self._beat()
+
+    async def wait(self) -> None:
+        """Until `take` has something to give; raises what ended the stream."""
+        await self._arrived.wait()
+        if self._error is not None and not self._queue:
+            raise self._error
+
+    def take(self, max_bytes: int) -> list[Piece]:
+        """What has arrived, in commit order, at least one piece if there is any; may end mid-transaction."""
+        taken: list[Piece] = []
+        size = 0
+        while self._queue and (not taken or size + self._queue[0].size_bytes <= max_bytes):
+            piece = self._queue.popleft()
+            size += piece.size_bytes
+            taken.append(piece)
+        self._queued_bytes -= size
+        if not self._queue and self._error is None:
+            self._arrived.clear()
+        if self._conn is not None and not self._reading and self._queued_bytes < QUEUE_LIMIT_BYTES // 2:
+            self._resume_reading()
+        return taken
+
+    @property
+    def idle_lsn(self) -> Lsn:
+        """The server has sent everything up to here and nothing is waiting; 0 while something is."""
+        return Lsn(0) if self._queue or self._begin is not None else self._idle_lsn
+
+    def confirm(self, flushed: Lsn) -> None:
+        """Everything that committed before `flushed` is durable on the target; the source may forget it."""
+        if flushed > self._confirmed:
+            self._confirmed = flushed
+            self._send_status()
+
+    async def close(self) -> None:
+        """Leave the slot; what was taken but not confirmed comes again at the next start."""
+        conn, self._conn = self._conn, None
+        if conn is None:
+            return
+        self._pause_reading(conn)
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        conn.finish()
+
+    async def _release_slot(self, after: Lsn) -> None:
+        """Ends the backend that still holds the slot: an earlier connection of ours, or a dead owner's."""
+        async with self._database.connect("slot") as conn:
+            deadline = self._loop.time() + 10
+            while True:
+                row = await (await conn.execute(_SLOT_STATE, (self._slot,))).fetchone()
+                if row is None or row[2] == "lost":
+                    raise SlotLost(f"slot {self._slot} is gone", hint=_SLOT_HINT)
+                if Lsn.parse(row[1]) > after:
+                    raise SlotLost(f"slot {self._slot} is at {row[1]}, ahead of the stored progress {after}")
+                if row[0] is None:
+                    return
+                if self._loop.time() > deadline:
+                    raise Unreachable(f"slot {self._slot} is held by backend {row[0]}")
+                await conn.execute("SELECT pg_terminate_backend(%s)", (row[0],))
+                await asyncio.sleep(0.01)
+
+    async def _connect(self) -> pq.abc.PGconn:
+        params = self._database.conninfo("stream", wal_sender_timeout="60s")
+        conninfo = make_conninfo(**{**params, "replication": "database"})
+        conn = psycopg.pq.PGconn.connect_start(conninfo.encode())
+        while True:
+            status = conn.connect_poll()
+            if status == pq.PollingStatus.OK:
+                break
+            if status == pq.PollingStatus.FAILED:
+                raise Unreachable(f"{self._database.label}: no replication connection")
+            await self._ready(conn, write=status == pq.PollingStatus.WRITING)
+        conn.nonblocking = 1
+        return conn
+
+    async def _ready(self, conn: pq.abc.PGconn, *, write: bool = False) -> None:
+        """Until the socket is readable (or writable)."""
+        ready: asyncio.Future[None] = self._loop.create_future()
+        add, remove = (
+            (self._loop.add_writer, self._loop.remove_writer)
+            if write
+            else (self._loop.add_reader, self._loop.remove_reader)
+        )
+
+        def announce() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        add(conn.socket, announce)
+        try:
+            async with asyncio.timeout(30):
+                await ready
+        except TimeoutError:
+            raise Unreachable(f"{self._database.label}: the replication connection does not answer") from None
+        finally:
+            remove(conn.socket)
+
+    async def _send_query(self, conn: pq.abc.PGconn, command: bytes) -> None:
+        conn.send_query(command)
+        while conn.flush():
+            await self._ready(conn, write=True)
+        while conn.is_busy():
+            await self._ready(conn)
+            conn.consume_input()
+        result = conn.get_result()
+        if result is None or result.status != pq.ExecStatus.COPY_BOTH:
+            raise SlotLost(f"slot {self._slot} cannot be read", hint=_SLOT_HINT)
+
+    def _resume_reading(self) -> None:
+        assert self._conn is not None
+        self._reading = True
+        self._loop.add_reader(self._conn.socket, self._on_readable)
+        # libpq may already hold input that the socket will not announce again
+        self._turn = self._loop.call_soon(self._read)
+
+    def _pause_reading(self, conn: pq.abc.PGconn) -> None:
+        self._reading = False
+        self._loop.remove_reader(conn.socket)
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
+
+    def _on_readable(self) -> None:
+        if self._turn is not None:  # still decoding: libpq's buffer must not grow meanwhile
+            return
+        try:
+            if self._conn is not None:
+                self._conn.consume_input()
+        except psycopg.Error:
+            self._fail(Unreachable(f"{self._database.label}: the replication connection broke"))
+            return
+        self._read()
+
+    def _read(self) -> None:
+        """Decode what has arrived, at most one turn's worth."""
+        self._turn = None
+        try:
+            for _ in range(MESSAGES_PER_TURN):
+                if self._conn is None or not self._reading:
+                    return
+                length, data = self._conn.get_copy_data(1)
+                if length == 0:
+                    return
+                if length < 0:
+                    raise Unreachable(f"{self._database.label}: the source ended the change stream")
+                self._frame(bytes(data))
+            self._turn = self._loop.call_soon(self._read)
+        except psycopg.Error:
+            self._fail(Unreachable(f"{self._database.label}: the replication connection broke"))
+        except (ProtocolViolation, Unreachable) as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        if self._conn is not None:
+            self._pause_reading(self._conn)
+        self._arrived.set()
+
+    def _frame(self, frame: bytes) -> None:
+        if frame[:1] == b"k":
+            keepalive = parse_keepalive(frame)
+            self._idle_lsn = max(self._idle_lsn, keepalive.wal_end)
+            if keepalive.reply_requested:
+                self._send_status()
+            return
+        change = self._decoder.decode(frame[HEADER_BYTES:])
+        match change:
+            case Insert() | Update() | Delete():
+                self._changes.append(change)
+                self._open_bytes += len(frame)
+                if self._open_bytes >= PIECE_BYTES:
+                    self._close_piece(None)
+            case Begin():
+                self._begin = change
+            case Commit(_, end_lsn):
+                self._close_piece(end_lsn)
+                self._begin = None
+            case Message():
+                self._message(change)
+            case Relation() | None:
+                pass
+
+    def _message(self, message: Message) -> None:
+        if message.prefix == MARK_PREFIX:
+            self._marks.append(message.content.decode())
+        elif message.prefix == TRUNCATE_PREFIX and (truncated := parse_truncated(message.content)):
+            self._changes.append(truncated)
+
+    def _close_piece(self, end_lsn: Lsn | None) -> None:
+        if self._begin is None:
+            raise ProtocolViolation("a change outside a transaction")
+        piece = Piece(
+            self._begin.xid,
+            self._begin.final_lsn,
+            self._changes,
+            self._open_bytes,
+            tuple(self._marks),
+            end_lsn,
+        )
+        self._changes, self._marks, self._open_bytes = [], [], 0
+        self._queue.append(piece)
+        self._queued_bytes += piece.size_bytes
+        self._arrived.set()
+        if self._queued_bytes >= QUEUE_LIMIT_BYTES and self._conn is not None:
+            self._pause_reading(self._conn)
+
+    def _beat(self) -> None:
+        """wal_sender_timeout counts from our last answer, also while we do not read."""
+        self._send_status()
+        self._heartbeat = self._loop.call_later(STATUS_INTERVAL_S, self._beat)
+
+    def _send_status(self) -> None:
+        if self._conn is None or self._error is not None:
+            return
+        try:
+            self._conn.put_copy_data(status_update(self._confirmed, time.time_ns() // 1000))
+            self._conn.flush()
+        except psycopg.Error:
+            self._fail(Unreachable(f"{self._database.label}: the replication connection broke"))
+
+
+_SLOT_STATE = (
+    "SELECT active_pid, confirmed_flush_lsn::text, wal_status FROM pg_replication_slots WHERE slot_name = %s"
+)
+_SLOT_HINT = "Raise max_slot_wal_keep_size on the source, then start the migration again."

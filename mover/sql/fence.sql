@@ -1,0 +1,162 @@
+-- The fence: one tenant's writes at one place held back, refused, or let through.
+--
+-- A place is (tenant, vertical); {name} is its hash, and {key} the same hash as an advisory lock's key.
+-- The state stands in a row, for people and for compare-and-swap, and in a sequence, for the guard: a
+-- sequence's last_value is read without a snapshot, so that an old REPEATABLE READ or SERIALIZABLE
+-- transaction cannot be fooled. States in the sequence: 1 open, 2 closed, 3 aborted, 4 moved.
+
+-- name: install
+-- Makes the guard functions; may be repeated. Locks nothing of the application's.
+CREATE SEQUENCE IF NOT EXISTS mover.{state_sequence} MINVALUE 1 MAXVALUE 4 NO CYCLE;
+CREATE SEQUENCE IF NOT EXISTS mover.{refused_sequence};
+
+CREATE OR REPLACE FUNCTION mover.{wait_function}() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = {wait_ms}
+AS $wait$
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared({key});
+EXCEPTION WHEN lock_not_available THEN
+    RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'tenant {tenant} is being moved',
+        HINT = 'Retry the transaction.';
+END
+$wait$;
+
+CREATE OR REPLACE FUNCTION mover.{guard_function}() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $guard$
+DECLARE
+    state bigint;
+    deadline timestamptz;
+BEGIN
+    IF current_setting('mover.tenant', true) = '{tenant}' THEN
+        RETURN NULL;  -- the mover's own session
+    END IF;
+    -- The quick way needs no subtransaction; it fails when the fence is being closed or is held.
+    IF NOT pg_try_advisory_xact_lock_shared({key}) THEN
+        PERFORM mover.{wait_function}();
+    END IF;
+    LOOP
+        SELECT last_value INTO state FROM mover.{state_sequence};
+        IF state = 1 THEN
+            RETURN NULL;
+        END IF;
+        IF state = 4 THEN
+            PERFORM nextval('mover.{refused_sequence}');
+            RAISE EXCEPTION USING ERRCODE = '25006', MESSAGE = 'tenant {tenant} has moved',
+                HINT = 'Reload the tenant''s route and retry there.';
+        END IF;
+        -- Closed without a living owner, who would hold the lock: somebody takes over soon.
+        deadline := coalesce(deadline, clock_timestamp() + interval '1 ms' * {wait_ms});
+        IF clock_timestamp() > deadline THEN
+            RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'tenant {tenant} is being moved',
+                HINT = 'Retry the transaction.';
+        END IF;
+        PERFORM pg_sleep(0.02);
+    END LOOP;
+END
+$guard$;
+
+-- A statement trigger knows no tenant: it tells the stream that the table was emptied, and fails while
+-- the fence is closed rather than making every tenant wait.
+CREATE OR REPLACE FUNCTION mover.{truncate_function}() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $truncate$
+DECLARE
+    state bigint;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock_shared({key}) THEN
+        RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'tenant {tenant} is being moved',
+            HINT = 'Retry the transaction.';
+    END IF;
+    SELECT last_value INTO state FROM mover.{state_sequence};
+    IF state = 1 THEN
+        PERFORM pg_logical_emit_message(true, 'mover.truncate',
+            jsonb_build_array(TG_TABLE_SCHEMA, TG_TABLE_NAME)::text);
+    ELSIF state <> 4 THEN
+        RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'tenant {tenant} is being moved',
+            HINT = 'Retry the transaction.';
+    END IF;
+    RETURN NULL;
+END
+$truncate$;
+
+-- name: guard_table
+-- AFTER ROW, one trigger per operation: a BEFORE trigger costs other tenants WAL even when WHEN is false.
+-- ENABLE ALWAYS: session_replication_role = replica must not pass. Locks: SHARE ROW EXCLUSIVE on the
+-- table, under our lock timeout. The caller asks the catalog first whether it is done.
+CREATE TRIGGER {insert_trigger} AFTER INSERT ON {table} FOR EACH ROW
+    WHEN (NEW.{column} = {tenant}) EXECUTE FUNCTION mover.{guard_function}();
+CREATE TRIGGER {update_trigger} AFTER UPDATE ON {table} FOR EACH ROW
+    WHEN (OLD.{column} = {tenant} OR NEW.{column} = {tenant}) EXECUTE FUNCTION mover.{guard_function}();
+CREATE TRIGGER {delete_trigger} AFTER DELETE ON {table} FOR EACH ROW
+    WHEN (OLD.{column} = {tenant}) EXECUTE FUNCTION mover.{guard_function}();
+CREATE TRIGGER {truncate_trigger} AFTER TRUNCATE ON {table} FOR EACH STATEMENT
+    EXECUTE FUNCTION mover.{truncate_function}();
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {insert_trigger};
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {update_trigger};
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {delete_trigger};
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {truncate_trigger};
+
+-- name: guarded
+-- The tables that carry the insert guard of this place. Reads the catalog only.
+SELECT n.nspname, c.relname FROM pg_trigger t
+  JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE t.tgname = %(trigger)s AND t.tgparentid = 0
+
+-- name: unguard_table
+-- Locks: ACCESS EXCLUSIVE on the table, under our lock timeout; repeatable.
+DROP TRIGGER IF EXISTS {insert_trigger} ON {table};
+DROP TRIGGER IF EXISTS {update_trigger} ON {table};
+DROP TRIGGER IF EXISTS {delete_trigger} ON {table};
+DROP TRIGGER IF EXISTS {truncate_trigger} ON {table};
+
+-- name: uninstall
+-- After the last trigger; repeatable.
+DROP FUNCTION IF EXISTS mover.{guard_function}();
+DROP FUNCTION IF EXISTS mover.{truncate_function}();
+DROP FUNCTION IF EXISTS mover.{wait_function}();
+DROP SEQUENCE IF EXISTS mover.{state_sequence};
+DROP SEQUENCE IF EXISTS mover.{refused_sequence};
+
+-- name: record
+-- The place's row, in the state that this migration begins with; taken over from an earlier migration.
+-- The tombstone of an earlier departure ends here: the sequence changes with it.
+WITH recorded AS (
+    INSERT INTO mover.fence AS f (name, tenant, vertical, state, epoch, migration)
+    VALUES (%(name)s, %(tenant)s, %(vertical)s, %(state)s, %(epoch)s, %(migration)s)
+    ON CONFLICT (name) DO UPDATE
+       SET state = CASE WHEN f.migration = excluded.migration THEN f.state ELSE excluded.state END,
+           epoch = excluded.epoch, migration = excluded.migration
+    RETURNING state
+)
+SELECT setval(%(sequence)s::regclass, array_position('{open,closed,aborted,moved}'::text[], state))
+  FROM recorded
+
+-- name: transition
+-- One compare-and-swap, at the owner's epoch: no row comes back when the state or the owner is another.
+-- The mark, if there is one, stands in the stream where this transaction commits.
+WITH own AS (
+    SELECT 1 FROM mover.owner WHERE migration = %(migration)s AND epoch = %(epoch)s FOR SHARE
+), changed AS (
+    UPDATE mover.fence AS f SET state = %(new)s, epoch = %(epoch)s FROM own
+     WHERE f.name = %(name)s AND f.migration = %(migration)s AND f.state = ANY (%(old)s)
+    RETURNING 1
+)
+SELECT setval(%(sequence)s::regclass, array_position('{open,closed,aborted,moved}'::text[], %(new)s)),
+       CASE WHEN %(mark)s <> '' THEN pg_logical_emit_message(true, 'mover.mark', %(mark)s) END
+  FROM changed
+
+-- name: state
+-- Reads only.
+SELECT state FROM mover.fence WHERE name = %(name)s AND migration = %(migration)s
+
+-- name: holders
+-- Who holds the tenant's shared lock, that is: has written and not ended. For people, never a query's text.
+SELECT l.pid, coalesce(nullif(a.application_name, ''), '-'),
+       extract(epoch FROM clock_timestamp() - a.xact_start)::float8
+  FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+ WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND l.classid::bigint = (%(key)s::bigint >> 32) & 4294967295
+   AND l.objid::bigint = %(key)s::bigint & 4294967295
+ ORDER BY a.xact_start

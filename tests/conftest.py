@@ -1,0 +1,131 @@
+"""The test harness: async tests on uvloop, one server a version for the whole run, a database a test."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import uvloop
+
+from mover.demo.servers import Cluster, PostgresServer, RedisServer, available_versions
+from tests.support.containers import container
+from tests.support.platform import Platform, seed_database, small_tenants
+
+TEST_TIMEOUT_S = 600
+MakeDatabase = Callable[..., str]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Runs `async def` tests."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+
+    async def bounded() -> None:
+        async with asyncio.timeout(TEST_TIMEOUT_S):
+            await pyfuncitem.obj(**arguments)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(bounded())
+    return True
+
+
+def _server(version: int) -> Iterator[Cluster]:
+    """From the wheels or PATH; else in a container, where Docker answers; else the test is skipped."""
+    if version in available_versions():
+        # Tests crash processes, never the machine.
+        with PostgresServer(version, fsync=False, settings={"shared_buffers": "128MB"}) as server:
+            yield server
+    else:
+        with container(version) as server:
+            if server is None:
+                pytest.skip(
+                    f"PostgreSQL {version} is in no wheel and not on PATH, and Docker does not answer"
+                )
+            yield server
+
+
+@pytest.fixture(scope="session")
+def pg15() -> Iterator[Cluster]:
+    yield from _server(15)
+
+
+@pytest.fixture(scope="session")
+def pg16() -> Iterator[Cluster]:
+    yield from _server(16)
+
+
+@pytest.fixture(scope="session")
+def pg18() -> Iterator[Cluster]:
+    yield from _server(18)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def make_database() -> Iterator[MakeDatabase]:
+    """`make_database(server)` is the URL of a new database, a clone of `template` if one is named.
+
+    Dropped after the test, whatever still holds it."""
+    made: list[tuple[Cluster, str]] = []
+
+    def make(server: Cluster, template: str = "template1") -> str:
+        name = f"test_{secrets.token_hex(6)}"
+        made.append((server, name))
+        return server.create_database(name, template)
+
+    yield make
+    for server, name in made:
+        server.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def platform_templates() -> Iterator[dict[tuple[int, int, int], str]]:
+    """Seeded databases to clone, by server, number of tenants and rows."""
+    made: dict[tuple[int, int, int], str] = {}
+    yield made
+
+
+@pytest.fixture
+def make_platform(
+    make_database: MakeDatabase, platform_templates: dict[tuple[int, int, int], str]
+) -> Callable[..., Platform]:
+    """`make_platform(server)` is a small seeded platform of the test's own, cloned from a template.
+
+    `rows` of the large tenant, which is the first, and as many of all others together."""
+
+    def make(server: Cluster, tenants: int = 4, rows: int = 1000) -> Platform:
+        seeded = small_tenants(tenants, rows)
+        key = (id(server), tenants, rows)
+        if key not in platform_templates:
+            name = f"template_{tenants}_{rows}"
+            seed_database(server.create_database(name), seeded)
+            platform_templates[key] = name
+        return Platform(server, make_database(server, platform_templates[key]), seeded)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An empty database on each of two servers of different versions."""
+
+    source: str
+    target: str
+    source_server: Cluster
+    target_server: Cluster
+
+
+@pytest.fixture(params=[("pg16", "pg18"), ("pg18", "pg16")], ids=lambda names: "-to-".join(names))
+def pair(request: pytest.FixtureRequest, make_database: MakeDatabase) -> Pair:
+    source, target = (request.getfixturevalue(name) for name in request.param)
+    return Pair(make_database(source), make_database(target), source, target)
