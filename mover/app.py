@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from uuid import UUID
 
 from aiohttp import web
 
+from mover.cache import RoutingCache
 from mover.config import Config
 from mover.core.errors import MoverError
-from mover.core.migration import MigrationRequest, Place
+from mover.core.facts import Tenancy
+from mover.core.ids import Epoch, MigrationId, TenantId
+from mover.core.migration import Claim, MigrationRequest, Place, Progress
 from mover.core.tables import Plan
+from mover.engine.daemon import Daemon
+from mover.engine.move import Limits, Move
 from mover.log import logger
-from mover.metrics import Metrics
-from mover.postgres.store import open_store
+from mover.metrics import Metrics, MetricsObserver
+from mover.postgres.connect import Identity
+from mover.postgres.site import PgSite
+from mover.postgres.store import Store, open_store
 from mover.web.app import make_app
 
 SHUTDOWN_SECONDS = 2  # requests that are being answered; the whole exit may take 10
+SOURCE_URL = "source_url"  # the note that keeps it
 _log = logger(__name__)
 
 
 async def serve(config: Config) -> None:
-    """Run the daemon until SIGTERM or SIGINT."""
+    """Run the daemon until SIGTERM or SIGINT; migrations rest at a safe point and can be resumed."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await run(config, stop)
+
+
+async def run(config: Config, stop: asyncio.Event) -> None:
+    """The API and the engine, until `stop` is set."""
     metrics = Metrics()
     async with open_store(
         config.platform.database_url,
@@ -34,15 +51,105 @@ async def serve(config: Config) -> None:
         config.configured_url,
         decision_seconds=config.engine.pause_budget_ms / 1000,
     ) as store:
-        app = make_app(store, plan, config.place, config.api.tokens, metrics)
-        async with listening(app, config):
+        workshop = Workshop(config, store, metrics)
+        app = make_app(store, workshop.plan, config.place, config.api.tokens, metrics)
+        async with listening(app, config), asyncio.TaskGroup() as tasks:
+            engine = tasks.create_task(workshop.daemon().run(), name="engine")
             await stop.wait()
+            engine.cancel()
     _log.info("stopped", action="stop")
 
 
-async def plan(request: MigrationRequest, source: Place, target: Place) -> Plan:
-    """Preflight for a dry run."""
-    raise MoverError("this daemon has no engine")
+class LoopClock:
+    """Implements ports.Clock by the event loop."""
+
+    def monotonic(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """Plugs the adapters into the engine."""
+
+    config: Config
+    store: Store
+    metrics: Metrics
+
+    def daemon(self) -> Daemon:
+        engine = self.config.engine
+        return Daemon(
+            name=f"{socket.gethostname()}/{os.getpid()}",
+            store=self.store,
+            make_move=self.move,
+            clock=LoopClock(),
+            lease_s=engine.lease_seconds,
+            max_active=engine.max_active_migrations,
+            metrics=MetricsObserver(self.metrics),
+        )
+
+    async def plan(self, request: MigrationRequest, source: Place, target: Place) -> Plan:
+        """Preflight for a dry run: reads both sides, changes nothing."""
+        nobody = Identity(MigrationId(UUID(int=0)), Epoch(0))
+        return await self._site(request.tenant, nobody, source, target).preflight()
+
+    async def move(self, claim: Claim, progress: Progress) -> Move:
+        """Everything that one claim needs. The route may have been switched by an earlier owner."""
+        m = claim.migration
+        source = await self._source_place(claim)
+        target = self.config.place(m.tenant, m.target_vertical, m.target_tier)
+        engine = self.config.engine
+        return Move(
+            claim=claim,
+            source=source,
+            target=target,
+            store=self.store,
+            site=self._site(m.tenant, Identity(m.id, claim.epoch), source, target),
+            cache=RoutingCache(
+                self.config.routing.redis_url,
+                self.config.routing.cache_key.format(tenant_id=m.tenant),
+                m.tenant,
+            ),
+            limits=Limits(
+                copy_workers=engine.copy_workers,
+                wave_seconds=engine.wave_seconds,
+                pause_budget_s=engine.pause_budget_ms / 1000,
+                monitoring_s=self.config.monitoring_seconds(m.source_tier, m.target_tier),
+            ),
+            clock=LoopClock(),
+            observer=MetricsObserver(self.metrics),
+            progress=progress,
+        )
+
+    async def _source_place(self, claim: Claim) -> Place:
+        """By the configuration, or by the route's own URL: that is kept, since the switch replaces it."""
+        m = claim.migration
+        notes = await self.store.load_notes(claim)
+        if SOURCE_URL not in notes:
+            _, _, route_url = await self.store.where_is(m.tenant)
+            await self.store.save_note(claim, SOURCE_URL, route_url)
+            notes[SOURCE_URL] = route_url
+        url = notes[SOURCE_URL]
+        return self.config.place(m.tenant, m.source_vertical, m.source_tier, str(url) if url else None)
+
+    def _site(self, tenant: TenantId, identity: Identity, source: Place, target: Place) -> PgSite:
+        tenancy, engine = self.config.tenancy, self.config.engine
+        return PgSite(
+            tenant=tenant,
+            identity=identity,
+            source_place=source,
+            target_place=target,
+            tenancy=Tenancy(
+                column=tenancy.column,
+                reference_tables=frozenset(map(str, tenancy.reference_tables)),
+                ignore_tables=frozenset(map(str, tenancy.ignore_tables)),
+            ),
+            workers=engine.copy_workers,
+            connections=engine.max_connections_per_database,
+            budget_s=engine.pause_budget_ms / 1000,
+        )
 
 
 @asynccontextmanager

@@ -108,6 +108,12 @@ def _add_local(commands: Subparsers) -> None:
     for parser, command in ((init, _init), (check, _check), (serve, _serve)):
         parser.add_argument("--config", type=Path, required=True, metavar="FILE")
         parser.set_defaults(command=command)
+    demo = commands.add_parser("demo", help="move a tenant between two servers of its own, while it writes")
+    demo.add_argument("--rows", type=_positive, default=320_000, help="of the tenant that moves")
+    demo.add_argument("--tps", type=_positive, default=250, help="transactions/s that its writers hold")
+    demo.add_argument("--keep", action="store_true", help="leave everything running afterwards")
+    demo.add_argument("--json", action="store_true", help="end with one JSON line on standard output")
+    demo.set_defaults(command=_demo)
 
 
 def _add_migrate(commands: Subparsers) -> None:
@@ -162,6 +168,23 @@ def _token(file: Path | None) -> str:
     if not token or not token.isprintable():
         raise UsageError("a token is needed", hint="Set MOVER_TOKEN, or give --token-file FILE.")
     return token
+
+
+async def _demo(args: argparse.Namespace) -> Exit:
+    try:
+        from mover.demo.main import Options, run
+    except ImportError as error:
+        raise UsageError(
+            f"the demo's servers are not installed ({error.name})", hint="pip install 'tenant-mover[demo]'"
+        ) from error
+    good = await run(Options(rows=args.rows, tps=args.tps, keep=args.keep, json=args.json))
+    return Exit.DONE if good else Exit.FAILED
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError("should be a whole number above 0")
+    return int(text)
 
 
 async def _init(args: argparse.Namespace) -> Exit:

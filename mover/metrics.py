@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from mover.core.states import Status
+from mover.core.migration import Migration
+from mover.core.states import Phase, Status
 
 # From a quick retry to a tenant of a terabyte.
 _DURATION_BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 7 * 24 * 3600)
@@ -106,3 +107,49 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"mover_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+
+class MetricsObserver:
+    """Implements engine.move.Observer and engine.daemon.DaemonObserver."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def active(self, count: int) -> None:
+        self._metrics.active_migrations.set(count)
+
+    def ended(self, migration: Migration, status: Status, seconds: float) -> None:
+        tiers = (migration.source_tier.value, migration.target_tier.value)
+        self._metrics.migrations_total.labels(status.value, *tiers).inc()
+        self._metrics.migration_duration_seconds.observe(seconds)
+        self._metrics.forget(str(migration.id))
+
+    def measured(self, migration: Migration, lag_bytes: int, lag_seconds: float, retained_bytes: int) -> None:
+        label = str(migration.id)
+        self._metrics.replication_lag_bytes.labels(label).set(lag_bytes)
+        self._metrics.replication_lag_seconds.labels(label).set(lag_seconds)
+        self._metrics.slot_retained_bytes.labels(label).set(retained_bytes)
+
+    def phase_took(self, phase: Phase, seconds: float) -> None:
+        self._metrics.phase_duration_seconds.labels(phase.value).observe(seconds)
+
+    def chunk_copied(self, rows: int, size: int) -> None:
+        self._metrics.copy_rows_total.inc(rows)
+        self._metrics.copy_bytes_total.inc(size)
+
+    def changes_applied(self, kind: str, count: int) -> None:
+        self._metrics.changes_applied_total.labels(kind).inc(count)
+
+    def rows_verified(self, rows: int) -> None:
+        self._metrics.verify_rows_total.inc(rows)
+
+    def integrity_failed(self) -> None:
+        self._metrics.integrity_failures_total.inc()
+
+    def cutover(self, outcome: str, pause_ms: float | None) -> None:
+        self._metrics.cutover_attempts_total.labels(outcome).inc()
+        if pause_ms is not None:
+            self._metrics.cutover_pause_seconds.observe(pause_ms / 1000)
+
+    def writes_refused(self, count: int) -> None:
+        self._metrics.refused_writes_total.inc(count)

@@ -201,9 +201,18 @@ class ChangeStream(Protocol):
 class ConsistentPoint(Protocol):
     """An ordinary REPEATABLE READ snapshot of the source and its place in the stream."""
 
-    snapshot: Snapshot
-    snapshot_id: str  # for SET TRANSACTION SNAPSHOT
-    mark: str  # stands in the stream behind everything that `snapshot` sees
+    @property
+    def snapshot(self) -> Snapshot: ...
+
+    @property
+    def snapshot_id(self) -> str:
+        """For SET TRANSACTION SNAPSHOT."""
+        ...
+
+    @property
+    def mark(self) -> str:
+        """Stands in the stream behind everything that `snapshot` sees."""
+        ...
 
 
 class ChangeSource(Protocol):

@@ -78,6 +78,11 @@ class ColumnFacts:
     identity: str  # "", "a" (always) or "d" (by default)
     collatable: bool
 
+    @property
+    def can_name_tenants(self) -> bool:
+        """Whether a tenant's id is compared with it as one text."""
+        return self.type in ("uuid", "text") or self.type.startswith("character varying")
+
 
 @dataclass(frozen=True, slots=True)
 class IndexFacts:
@@ -193,6 +198,7 @@ class SideFacts:
 
     server: ServerFacts
     schemas: frozenset[str]  # those of ours that exist
+    unfinished_clones: frozenset[str] = frozenset()  # migrations that made them and may still drop them
     relations: tuple[Relation, ...] = ()
     foreign_keys: tuple[ForeignKey, ...] = ()  # from or into the moved schemas
     sequences: tuple[SequenceFacts, ...] = ()

@@ -125,6 +125,7 @@ class Progress:
     bytes_total: int = 0
     changes_applied: int = 0
     rows_compared: int = 0
+    refused_writes: int = 0  # at the source, after the switch
     lag_bytes: int | None = None
     lag_seconds: float | None = None
     eta_seconds: float | None = None

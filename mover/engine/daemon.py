@@ -7,13 +7,16 @@ transaction is whole or absent, and the journal tells the next owner where to go
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Protocol
 
 import structlog
 
 from mover.core.errors import LeaseLost, MoverError, Remedy
-from mover.core.migration import Claim, Progress, Wish
+from mover.core.migration import Claim, Migration, Progress, Wish
 from mover.core.states import Status
 from mover.engine.move import Move
 from mover.ports import Clock, MoveStore
@@ -31,6 +34,14 @@ HALTED_S = 10 * 365 * 86_400.0
 MoveMaker = Callable[[Claim, Progress], Awaitable[Move]]
 
 
+class DaemonMetrics(Protocol):
+    """Hears how many migrations are worked on, and how each ended."""
+
+    def active(self, count: int) -> None: ...
+
+    def ended(self, migration: Migration, status: Status, seconds: float) -> None: ...
+
+
 @dataclass
 class Daemon:
     """Works on the queue until `run` is cancelled."""
@@ -41,6 +52,7 @@ class Daemon:
     clock: Clock
     lease_s: float
     max_active: int
+    metrics: DaemonMetrics
     _active: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _failures: dict[str, int] = field(default_factory=dict)
 
@@ -67,14 +79,25 @@ class Daemon:
             key = str(claim.migration.id)
             task = asyncio.create_task(self._work(claim), name=f"migration {key}")
             self._active[key] = task
-            task.add_done_callback(lambda _, key=key: self._active.pop(key, None))  # type: ignore[misc]
+            self.metrics.active(len(self._active))
+            task.add_done_callback(functools.partial(self._done, key))
+
+    def _done(self, key: str, task: asyncio.Task[None]) -> None:
+        self._active.pop(key, None)
+        self.metrics.active(len(self._active))
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a migration's task failed", action="failed", exc_info=error, migration=key)
 
     async def _work(self, claim: Claim) -> None:
         migration = claim.migration
         structlog.contextvars.bind_contextvars(migration=str(migration.id), tenant=str(migration.tenant))
         log.info("claimed", action="claim", epoch=claim.epoch, status=migration.status.value)
+        work = Work(claim, self.store, self.make_move, self.clock, self.lease_s, self._failures)
         try:
-            await Work(claim, self.store, self.make_move, self.clock, self.lease_s, self._failures).run()
+            await work.run()
+            if work.ended is not None:
+                began = migration.started_at or migration.created_at
+                self.metrics.ended(migration, work.ended, (datetime.now(UTC) - began).total_seconds())
         except LeaseLost:
             log.warning("another daemon took over", action="lease_lost")
         except MoverError as error:
@@ -93,6 +116,7 @@ class Work:
     lease_s: float
     failures: dict[str, int]
     progress: Progress = field(default_factory=Progress)
+    ended: Status | None = None
     _wish: Wish | None = None
     _move: Move | None = None
 
@@ -118,9 +142,9 @@ class Work:
         try:
             self._move = move = await self.make_move(self.claim, self.progress)
             if migration.status is Status.ROLLING_BACK:
-                await move.undo()
+                self.ended = await move.undo()
             else:
-                await move.run()
+                self.ended = await move.run()
             self.failures.pop(str(migration.id), None)
             await self._save()
         except LeaseLost:
@@ -130,7 +154,14 @@ class Work:
 
     async def _after(self, error: MoverError) -> None:
         """What the error's remedy says, and nothing else."""
-        log.error("stopped", action="stopped", code=error.code, remedy=error.remedy.value, error=str(error))
+        log.error(
+            "stopped",
+            action="stopped",
+            code=error.code,
+            remedy=error.remedy.value,
+            error=str(error),
+            exc_info=error if error.__cause__ is not None else None,
+        )
         await self._save()
         await self.store.event(self.claim, str(error), "error", code=error.code, hint=error.hint or "")
         facts = describe(error)
@@ -197,10 +228,9 @@ class Work:
             await self.clock.sleep(min(PROGRESS_S, beat_every))
 
     async def _measure(self) -> None:
-        follower = self._move.follower if self._move is not None else None
         try:
-            if follower is not None:
-                self.progress.lag_bytes = await follower.lag_bytes()
+            if self._move is not None:
+                await self._move.measure()
             await self.store.save_progress(self.claim, self.progress)
         except LeaseLost:
             raise

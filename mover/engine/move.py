@@ -28,7 +28,7 @@ from mover.core.errors import (
     Where,
     first_error,
 )
-from mover.core.migration import Claim, Place, Progress
+from mover.core.migration import Claim, Migration, Place, Progress
 from mover.core.states import PHASES, Phase, Status
 from mover.core.tables import MovedTable, Plan, Shape
 from mover.engine.copy import WaveCopy
@@ -70,6 +70,12 @@ class Observer(Protocol):
 
     def cutover(self, outcome: str, pause_ms: float | None) -> None: ...
 
+    def measured(
+        self, migration: Migration, lag_bytes: int, lag_seconds: float, retained_bytes: int
+    ) -> None: ...
+
+    def writes_refused(self, count: int) -> None: ...
+
 
 @dataclass
 class Move:
@@ -87,8 +93,10 @@ class Move:
     progress: Progress = field(default_factory=Progress)
     follower: Follower | None = None
     switched_at: datetime | None = None
+    _near_at: float | None = None  # when the target was last close behind
+    _first_bytes: tuple[float, int] | None = None  # where this owner began to copy
 
-    async def run(self) -> None:
+    async def run(self) -> Status:
         """From where the journal stands to `completed`."""
         if self._was_reached(Phase.MONITOR):
             plan = await self._stored_plan()
@@ -97,8 +105,9 @@ class Move:
             await self._transfer(plan.shape)
         await self._monitor(plan.shape)
         await self._clean_up(plan.shape)
+        return Status.COMPLETED
 
-    async def undo(self) -> None:
+    async def undo(self) -> Status:
         """Remove everything we made; the source never noticed. Ends as `outcome` says."""
         plan = await self.store.load_plan(self.claim)
         if plan is not None:
@@ -110,6 +119,7 @@ class Move:
             await self._remove_all(plan.shape)
         outcome = self.claim.migration.outcome or Status.CANCELLED
         await self.store.set_status(self.claim, outcome, error=self.claim.migration.error)
+        return outcome
 
     async def _begin(self) -> Plan:
         """The phases before rows flow; a plan that was stored is kept."""
@@ -167,6 +177,7 @@ class Move:
                     async with self._phase(Phase.CUTOVER):
                         switched = await self._cut_over(world, follower, verification)
                     following.cancel()
+            self.follower = None
             if switched:
                 await self._compare_completely(verification)
 
@@ -294,12 +305,20 @@ class Move:
     async def _monitor(self, shape: Shape) -> None:
         """The window before the source is cleaned. The forward stream is over."""
         async with self._phase(Phase.MONITOR):
+            await self._step("monitor.keep_target", self.site.keep_target(shape))
             await self._step("monitor.stop_stream", self.site.stop_stream(self._say))
             await self._step("monitor.identity", self.site.restore_identity(shape, self._say))
             while (left := self._window_left()) > 0:
-                self.progress.eta_seconds = left
+                self.progress.eta_seconds = round(left, 1)
+                await self._count_refused()
                 await self.clock.sleep(min(left, MONITOR_INTERVAL_S))
             self.progress.eta_seconds = None
+
+    async def _count_refused(self) -> None:
+        """Writes that stale routes still send to the source."""
+        refused = await self.site.refused_writes()
+        self.observer.writes_refused(refused - self.progress.refused_writes)
+        self.progress.refused_writes = refused
 
     async def _clean_up(self, shape: Shape) -> None:
         async with self._phase(Phase.CLEANUP):
@@ -315,6 +334,33 @@ class Move:
         await self._step("undo.target_rows", self.site.remove_target_rows(shape, self._say))
         await self._step("undo.identity", self.site.restore_identity(shape, self._say))
         await self._step("undo.forget", self.site.forget())
+
+    async def measure(self) -> None:
+        """Bring the progress' live figures up to date; called beside `run`, about once a second."""
+        if self.follower is None:
+            return
+        now = self.clock.monotonic()
+        lag_bytes = await self.follower.lag_bytes()
+        if lag_bytes < SMALL_LAG_BYTES or self._near_at is None:
+            self._near_at = now
+        self.progress.lag_bytes, self.progress.lag_seconds = lag_bytes, round(now - self._near_at, 1)
+        self._estimate(now)
+        health = await self.site.slot_health()
+        retained_bytes, wal_status = health or (0, "gone")
+        self.observer.measured(self.claim.migration, lag_bytes, self.progress.lag_seconds, retained_bytes)
+        if wal_status == "unreserved":
+            await self._say("the slot is about to be lost: the source wants its WAL back", level="warning")
+
+    def _estimate(self, now: float) -> None:
+        """Time left for copying, from the rate so far."""
+        done, total = self.progress.bytes_done, self.progress.bytes_total
+        if self._first_bytes is None:
+            self._first_bytes = (now, done)
+        since, before = self._first_bytes
+        if done > before and total > done:
+            self.progress.eta_seconds = round((total - done) * (now - since) / (done - before), 1)
+        elif total <= done:
+            self.progress.eta_seconds = None
 
     def _window_left(self) -> float:
         """Seconds until the source may be cleaned."""

@@ -259,7 +259,13 @@ def _count(count: int | None, noun: str) -> str:
 def _existing_target(facts: Facts, classes: Classes) -> Iterator[Finding]:
     if facts.fresh:
         return
-    if facts.differences:
+    for migration in sorted(facts.target.unfinished_clones):
+        yield Finding(
+            "target_in_the_making",
+            f"the target's schemas were made by migration {migration}, which has not switched yet",
+            "Start this migration when that one has switched or is cancelled.",
+        )
+    if facts.differences and not facts.target.unfinished_clones:
         yield Finding(
             "target_differs",
             f"the target's schemas differ from the source's in {len(facts.differences)} places: "
@@ -359,7 +365,7 @@ def _breaks(publication: PublicationFacts, identity: set[str]) -> bool:
     return publication.updates_or_deletes and not (sent and set(publication.filter_columns) <= identity)
 
 
-def _clone(facts: Facts, _: Classes) -> Iterator[Finding]:
+def _clone(facts: Facts, classes: Classes) -> Iterator[Finding]:
     """What a clone of the schemas needs on the target, or leaves out."""
     if not facts.fresh:
         return
@@ -399,6 +405,16 @@ def _clone(facts: Facts, _: Classes) -> Iterator[Finding]:
             "Create the roles first if they shall keep their privileges.",
             warning=True,
         )
+    for relation in classes.moved:
+        virtual = [c.name for c in relation.columns if c.generated == "v"]
+        if virtual and target.major < 18:
+            yield Finding(
+                "virtual_column",
+                f"{relation.ref} has virtual generated columns ({listed(virtual)}), which PostgreSQL"
+                f" {target.major} does not know",
+                "Move to PostgreSQL 18 or newer, or make the columns STORED.",
+                table=relation.ref,
+            )
     renamed = any(old != new for old, new in facts.schemas.items())
     for name in facts.source.functions_with_literals if renamed else ():
         yield Finding(

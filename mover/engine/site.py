@@ -99,6 +99,10 @@ class Site(Protocol):
 
     async def restore_identity(self, shape: Shape, say: Say) -> None: ...
 
+    async def keep_target(self, shape: Shape) -> None:
+        """The tenant is served there now: what we made on the target is not ours to drop any more."""
+        ...
+
     async def reopen_source(self) -> None:
         """Whatever a dead owner left closed: the tenant writes at the source."""
         ...

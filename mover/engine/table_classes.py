@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mover.core.facts import Facts, ForeignKey, Relation
 from mover.core.ids import TableRef
 from mover.core.tables import Finding
-
-_TENANT_TYPES = re.compile(r"(uuid|text|character varying(\(\d+\))?)\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +102,7 @@ def _unfit(facts: Facts, relation: Relation) -> Iterator[Finding]:
             f"allows NULL in {column.name}: such rows belong to nobody",
             f"ALTER TABLE {relation.ref} ALTER COLUMN {column.name} SET NOT NULL;",
         )
-    if column is not None and not _TENANT_TYPES.match(column.type):
+    if column is not None and not column.can_name_tenants:
         yield _refusal(
             relation,
             "tenant_column_type",

@@ -32,6 +32,7 @@ Row = dict[str, Any]
 
 OLDEST_SERVER = 150000  # row filters in publications, GRANT SET ON PARAMETER
 LONG_TRANSACTION_S = 60
+CLONE_MARK = "made by mover, migration "  # the first line of a cloned schema's comment, until it is kept
 
 
 async def rows(conn: Connection, query: str, **parameters: Any) -> list[Row]:
@@ -68,14 +69,22 @@ async def existing_schemas(conn: Connection, schemas: Collection[str]) -> dict[s
     return {row["name"]: row["comment"] for row in found}
 
 
+def migration_that_made(comment: str | None) -> str | None:
+    """The id of the migration that cloned a schema with this comment and may still drop it."""
+    first = (comment or "").split("\n")[0]
+    return first.removeprefix(CLONE_MARK) if first.startswith(CLONE_MARK) else None
+
+
 async def read_side(conn: Connection, schemas: Collection[str], label: str) -> SideFacts:
     """Everything about `schemas` on one side."""
     names = {"schemas": list(schemas)}
+    comments = await existing_schemas(conn, schemas)
     extensions = await rows(conn, "extensions_used", **names)
     roles = await rows(conn, "granted_roles", **names)
     return SideFacts(
         server=await read_server(conn, label),
-        schemas=frozenset(await existing_schemas(conn, schemas)),
+        schemas=frozenset(comments),
+        unfinished_clones=frozenset(filter(None, map(migration_that_made, comments.values()))),
         relations=await read_relations(conn, schemas),
         foreign_keys=tuple(_foreign_key(row) for row in await rows(conn, "foreign_keys", **names)),
         sequences=tuple(_sequence(row) for row in await rows(conn, "sequences", **names)),
@@ -123,6 +132,14 @@ async def read_relations(conn: Connection, schemas: Collection[str]) -> tuple[Re
 async def read_relation(conn: Connection, table: TableRef) -> Relation | None:
     """One table, or None when it is not there."""
     return next((r for r in await read_relations(conn, [table.schema]) if r.ref == table), None)
+
+
+async def existing_tables(conn: Connection, tables: Sequence[TableRef]) -> frozenset[TableRef]:
+    """Those of `tables` that are there."""
+    found = await rows(
+        conn, "existing_tables", schemas=[t.schema for t in tables], names=[t.name for t in tables]
+    )
+    return frozenset(TableRef(row["schema"], row["name"]) for row in found)
 
 
 def _by_relation(found: Sequence[Row]) -> Mapping[int, list[Row]]:

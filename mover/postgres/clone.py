@@ -7,7 +7,7 @@ only where the catalog says that its object is not there yet.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from psycopg.rows import dict_row
 from mover.core import ddl
 from mover.core.ddl import Created, Statement
 from mover.core.errors import LockNotAvailable, Refused, first_error
-from mover.core.ids import MigrationId, TableRef
+from mover.core.ids import MigrationId, TableRef, TenantId
 from mover.postgres import catalog, owner, pg_dump
 from mover.postgres.connect import Database
+from mover.postgres.locks import with_lock_timeout
 from mover.sql import load
 
 Connection = psycopg.AsyncConnection[Any]
@@ -38,7 +39,6 @@ _INDEX_SETTINGS: Mapping[str, str] = {
     "maintenance_work_mem": "256MB",
     "max_parallel_maintenance_workers": "2",
 }
-_MARK = "made by mover, migration "
 _DEADLOCK_TRIES = 10
 
 
@@ -130,7 +130,7 @@ async def apply_pre(target: Database, cloned: ClonedDdl, migration: MigrationId)
         for statement in cloned.pre:
             await conn.execute(sql.SQL(statement.sql))
         for schema, comment in cloned.comments.items():
-            await _comment(conn, schema, f"{_MARK}{migration}\n{comment or ''}")
+            await _comment(conn, schema, f"{catalog.CLONE_MARK}{migration}\n{comment or ''}")
 
 
 async def build_keys(target: Database, cloned: ClonedDdl, tables: Collection[TableRef]) -> None:
@@ -228,7 +228,7 @@ async def _existing(conn: Connection, schemas: Collection[str]) -> set[Created]:
 
 
 def _made_by(comment: str | None, migration: MigrationId) -> bool:
-    return comment is not None and comment.split("\n")[0] == _MARK + str(migration)
+    return catalog.migration_that_made(comment) == str(migration)
 
 
 async def _comment(conn: Connection, schema: str, text: str) -> None:
@@ -237,33 +237,66 @@ async def _comment(conn: Connection, schema: str, text: str) -> None:
     )
 
 
-async def drop_clone(target: Database, schemas: Collection[str], migration: MigrationId) -> None:
-    """Drop those of the target's `schemas` that this migration made, and only those."""
+async def drop_clone(
+    target: Database,
+    schemas: Collection[str],
+    migration: MigrationId,
+    tenant_column: str,
+    tenant: TenantId,
+) -> bool:
+    """Drop the target's `schemas` if this migration made all of them and nobody else has rows there.
 
-    async def drop(conn: Connection, mine: Mapping[str, str]) -> None:
-        for schema in mine:
-            await conn.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(schema)))
+    Says whether they are gone. If not, they are no longer marked as ours, and the tenant's rows are left
+    to be deleted one by one."""
+    async with target.connect("clone", client_min_messages="warning") as conn:
 
-    await _with_made(target, schemas, migration, drop)
+        async def attempt() -> bool:
+            async with conn.transaction():
+                await _hold(conn, target)
+                there = await catalog.existing_schemas(conn, schemas)
+                mine = {name: c for name, c in there.items() if c is not None and _made_by(c, migration)}
+                if mine.keys() != there.keys() or await _others_have_rows(conn, mine, tenant_column, tenant):
+                    await _unmark(conn, mine)
+                    return False
+                for schema in mine:
+                    await conn.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(schema)))
+                return True
+
+        return await with_lock_timeout(conn, attempt)
+
+
+async def _others_have_rows(
+    conn: Connection, schemas: Collection[str], tenant_column: str, tenant: TenantId
+) -> bool:
+    """Whether a table of the schemas holds anything but the tenant's rows. Nobody can add one afterwards:
+    the tables stay locked until the transaction ends."""
+    column = sql.Identifier(tenant_column)
+    for relation in await catalog.read_relations(conn, schemas):
+        if relation.kind not in ("r", "p"):
+            continue
+        table = sql.Identifier(relation.ref.schema, relation.ref.name)
+        await conn.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(table))
+        others = (
+            sql.SQL("{}::text <> {}").format(column, sql.Literal(str(tenant)))
+            if relation.column(tenant_column) is not None
+            else sql.SQL("true")
+        )
+        query = sql.SQL("SELECT 1 FROM {} WHERE {} LIMIT 1").format(table, others)
+        if await (await conn.execute(query)).fetchone() is not None:
+            return True
+    return False
 
 
 async def keep_clone(target: Database, schemas: Collection[str], migration: MigrationId) -> None:
     """Give the schemas their own comments back: they are no longer ours to drop."""
-
-    async def release(conn: Connection, mine: Mapping[str, str]) -> None:
-        for schema, comment in mine.items():
-            await _comment(conn, schema, comment.partition("\n")[2])
-
-    await _with_made(target, schemas, migration, release)
-
-
-async def _with_made(
-    target: Database,
-    schemas: Collection[str],
-    migration: MigrationId,
-    act: Callable[[Connection, Mapping[str, str]], Any],
-) -> None:
-    async with target.connect("clone", client_min_messages="warning") as conn, conn.transaction():
+    async with target.connect("clone") as conn, conn.transaction():
         await _hold(conn, target)
         there = await catalog.existing_schemas(conn, schemas)
-        await act(conn, {name: c for name, c in there.items() if c is not None and _made_by(c, migration)})
+        await _unmark(
+            conn, {name: c for name, c in there.items() if c is not None and _made_by(c, migration)}
+        )
+
+
+async def _unmark(conn: Connection, made: Mapping[str, str]) -> None:
+    for schema, comment in made.items():
+        await _comment(conn, schema, comment.partition("\n")[2])

@@ -7,9 +7,9 @@ unknown, never waited for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from psycopg import errors, sql
 
@@ -30,13 +30,12 @@ from mover.core.migration import Place
 from mover.postgres import catalog
 from mover.postgres.catalog import Connection
 from mover.postgres.connect import Database
+from mover.postgres.errors import translate
 from mover.postgres.fingerprint import differences, fingerprint
 
 COUNT_TIMEOUT_S = 3.0  # the tenant's rows of one table; then the statistics must do
 EXISTS_TIMEOUT_S = 10.0
 CROSS_CHECK_TIMEOUT_S = 60.0  # one unique index or foreign key
-
-Result = TypeVar("Result")
 
 
 async def gather(
@@ -53,21 +52,42 @@ async def gather(
         with first_error():
             async with asyncio.TaskGroup() as group:
                 reading = [
-                    group.create_task(catalog.read_side(ours, schemas.keys(), source.label)),
-                    group.create_task(catalog.read_side(theirs, schemas.values(), target.label)),
+                    group.create_task(_read(ours, schemas.keys(), source.label)),
+                    group.create_task(_read(theirs, schemas.values(), target.label)),
                 ]
         sides = [task.result() for task in reading]
         wanted = max(source.limit, target.limit)
         base = Facts(tenant, tenancy, schemas, sides[0], sides[1], connections_wanted=wanted)
-        return await _Gathering(ours, theirs, base).run()
+        return await _Gathering(_Server(ours, source.label), _Server(theirs, target.label), base).run()
+
+
+async def _read(conn: Connection, schemas: Collection[str], label: str) -> SideFacts:
+    with translate(label):
+        return await catalog.read_side(conn, schemas, label)
+
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    conn: Connection
+    label: str
+
+    async def bounded(self, seconds: float, query: sql.Composed) -> int | None:
+        """The single value that `query` answers, or None when it took too long."""
+        with translate(self.label):
+            async with _statement_timeout(self.conn, seconds):
+                try:
+                    row = await (await self.conn.execute(query)).fetchone()
+                except errors.QueryCanceled:
+                    return None
+        return row[0] if row is not None else None
 
 
 @dataclass
 class _Gathering:
     """The checks that read rows, on one connection a side."""
 
-    source: Connection
-    target: Connection
+    source: _Server
+    target: _Server
     base: Facts
 
     async def run(self) -> Facts:
@@ -85,7 +105,16 @@ class _Gathering:
         )
 
     def _tenant_tables(self, side: SideFacts) -> list[Relation]:
-        return [r for r in side.relations if self.base.is_tenant_table(r) and "SELECT" in r.privileges]
+        """Those whose rows can be looked at."""
+        column = self.base.tenancy.column
+        return [
+            r
+            for r in side.relations
+            if self.base.is_tenant_table(r)
+            and "SELECT" in r.privileges
+            and not r.row_security
+            and any(c.can_name_tenants for c in r.columns if c.name == column)
+        ]
 
     def _is_tenants(self, column: str) -> sql.Composed:
         """The tenant's literal takes the column's type."""
@@ -94,7 +123,7 @@ class _Gathering:
     async def _rows(self, table: TableRef) -> Rows:
         column = self.base.tenancy.column
         (size,) = await catalog.rows(
-            self.source,
+            self.source.conn,
             "table_size",
             schema=table.schema,
             name=table.name,
@@ -104,13 +133,13 @@ class _Gathering:
         where = sql.SQL("FROM {} WHERE {}").format(
             sql.Identifier(table.schema, table.name), self._is_tenants(column)
         )
-        counted = await _bounded(self.source, COUNT_TIMEOUT_S, sql.SQL("SELECT count(*) {}").format(where))
+        counted = await self.source.bounded(COUNT_TIMEOUT_S, sql.SQL("SELECT count(*) {}").format(where))
         estimate = round(size["tuples"] * size["share"]) if size["share"] is not None else 0
         number = counted if counted is not None else estimate
         exists = bool(number)
         if counted is None:
             query = sql.SQL("SELECT (SELECT true {} LIMIT 1) IS NOT NULL").format(where)
-            answer = await _bounded(self.source, EXISTS_TIMEOUT_S, query)
+            answer = await self.source.bounded(EXISTS_TIMEOUT_S, query)
             exists = bool(answer) if answer is not None else True
         tuples = max(size["tuples"], number, 1)
         return Rows(number, round(size["bytes"] * number / tuples), counted is not None, exists)
@@ -125,15 +154,15 @@ class _Gathering:
                 sql.Identifier(relation.ref.schema, relation.ref.name),
                 self._is_tenants(self.base.tenancy.column),
             )
-            if await _bounded(self.target, EXISTS_TIMEOUT_S, query):
+            if await self.target.bounded(EXISTS_TIMEOUT_S, query):
                 found.append(relation.ref)
         return tuple(found)
 
     async def _differences(self) -> tuple[str, ...]:
         if self.base.fresh:
             return ()
-        mine = await fingerprint(self.source, self.base.schemas)
-        theirs = await fingerprint(self.target, {name: name for name in self.base.schemas.values()})
+        mine = await fingerprint(self.source.conn, self.base.schemas)
+        theirs = await fingerprint(self.target.conn, {name: name for name in self.base.schemas.values()})
         return tuple(differences(mine, theirs))
 
     def _references(self) -> list[ForeignKey]:
@@ -143,20 +172,14 @@ class _Gathering:
 
     async def _parents_outside(self) -> frozenset[TableRef]:
         parents = sorted({self.base.mapped(key.parent) for key in self._references()})
-        found = await catalog.rows(
-            self.target,
-            "existing_tables",
-            schemas=[p.schema for p in parents],
-            names=[p.name for p in parents],
-        )
-        return frozenset(TableRef(row["schema"], row["name"]) for row in found)
+        return await catalog.existing_tables(self.target.conn, parents)
 
     async def _missing_references(self, there: frozenset[TableRef]) -> tuple[Dangling, ...]:
         found = []
         for key in self._references():
             parent = self.base.mapped(key.parent)
             check = self._missing_in if parent in there else self._referenced
-            count = await _in_time(check, key)
+            count = await check(key)
             if count != 0:
                 found.append(Dangling(key, count))
         return tuple(found)
@@ -172,7 +195,7 @@ class _Gathering:
 
     async def _referenced(self, key: ForeignKey) -> int | None:
         query = sql.SQL("SELECT count(*) FROM ({}) AS referenced").format(self._referenced_values(key))
-        return await _bounded(self.source, CROSS_CHECK_TIMEOUT_S, query)
+        return await self.source.bounded(CROSS_CHECK_TIMEOUT_S, query)
 
     async def _missing_in(self, key: ForeignKey) -> int | None:
         parent = self.base.mapped(key.parent)
@@ -195,7 +218,7 @@ class _Gathering:
             if key.child not in moved or key.parent not in moved or (column, column) in pairs:
                 continue
             query = _across_query(key, column, self.base.tenant, of_child)
-            count = await _bounded(self.source, CROSS_CHECK_TIMEOUT_S, query)
+            count = await self.source.bounded(CROSS_CHECK_TIMEOUT_S, query)
             if count != 0:
                 found.append(Dangling(key, count))
         return tuple(found)
@@ -212,7 +235,7 @@ class _Gathering:
                 if target is None or twin is None or self.base.tenancy.column in index.columns:
                     continue
                 check = _Unique(relation.ref, target.ref, index, twin)
-                count = await _in_time(self._colliding, check)
+                count = await self._colliding(check)
                 if count != 0:
                     found.append(Collision(target.ref, index.name, count))
         return tuple(found)
@@ -237,23 +260,24 @@ class _Gathering:
 
     async def _against(self, values: sql.Composed, like: sql.Composed, query: sql.Composed) -> int | None:
         """Carry `values` from the source into a temporary table made `like` a query, and ask `query`."""
-        await self.target.execute("DROP TABLE IF EXISTS pg_temp.mover_keys")
-        await self.target.execute(sql.SQL("CREATE TEMPORARY TABLE mover_keys AS {} LIMIT 0").format(like))
+        source, target = self.source.conn, self.target.conn
+        with translate(self.target.label):
+            await target.execute("DROP TABLE IF EXISTS pg_temp.mover_keys")
+            await target.execute(sql.SQL("CREATE TEMPORARY TABLE mover_keys AS {} LIMIT 0").format(like))
         out = sql.SQL("COPY ({}) TO STDOUT").format(values)
-        await _set_statement_timeout(self.source, CROSS_CHECK_TIMEOUT_S)
-        try:
-            async with (
-                self.source.cursor().copy(out) as reading,
-                self.target.cursor().copy("COPY pg_temp.mover_keys FROM STDIN") as writing,
-            ):
-                async for data in reading:
-                    await writing.write(data)
-        finally:
-            await _set_statement_timeout(self.source, 0)
-        await self.target.execute("ANALYZE pg_temp.mover_keys")
-        count = await _bounded(self.target, CROSS_CHECK_TIMEOUT_S, query)
-        await self.target.execute("DROP TABLE pg_temp.mover_keys")
-        return count
+        async with _statement_timeout(source, CROSS_CHECK_TIMEOUT_S):
+            try:
+                async with (
+                    source.cursor().copy(out) as reading,
+                    target.cursor().copy("COPY pg_temp.mover_keys FROM STDIN") as writing,
+                ):
+                    async for data in reading:
+                        await writing.write(data)
+            except errors.QueryCanceled:
+                return None
+        with translate(self.target.label):
+            await target.execute("ANALYZE pg_temp.mover_keys")
+        return await self.target.bounded(CROSS_CHECK_TIMEOUT_S, query)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,25 +330,10 @@ def _across_query(key: ForeignKey, column: str, tenant: TenantId, of_child: bool
     )
 
 
-async def _set_statement_timeout(conn: Connection, seconds: float) -> None:
+@asynccontextmanager
+async def _statement_timeout(conn: Connection, seconds: float) -> AsyncIterator[None]:
     await conn.execute("SELECT set_config('statement_timeout', %s, false)", (f"{seconds * 1000:.0f}ms",))
-
-
-async def _bounded(conn: Connection, seconds: float, query: sql.Composed) -> int | None:
-    """The single value that `query` answers, or None when it took too long."""
-    await _set_statement_timeout(conn, seconds)
     try:
-        row = await (await conn.execute(query)).fetchone()
-    except errors.QueryCanceled:
-        return None
+        yield
     finally:
-        await _set_statement_timeout(conn, 0)
-    return row[0] if row is not None else None
-
-
-async def _in_time(check: Callable[[Result], Awaitable[int | None]], subject: Result) -> int | None:
-    """None when the server cancelled the check for taking too long."""
-    try:
-        return await check(subject)
-    except errors.QueryCanceled:
-        return None
+        await conn.execute("SELECT set_config('statement_timeout', '0', false)")

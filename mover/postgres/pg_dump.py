@@ -14,11 +14,13 @@ from pathlib import Path
 
 from psycopg.pq import Conninfo
 
-from mover.core.errors import MoverError, Refused
+from mover.core.errors import MoverError, Refused, Unreachable
 from mover.postgres.connect import Database
 
 _VERSION = re.compile(rb"pg_dump \(PostgreSQL\) (\d+)")
 _LOCK_WAIT_MS = 5_000  # it takes ACCESS SHARE locks: somebody's ALTER TABLE may be in the way
+# A lock that was not free in time, or a connection that broke: the next attempt may succeed.
+_PASSING = (b"statement timeout", b"connection to server", b"server closed the connection")
 _OPTIONS = (
     "--schema-only",
     "--no-owner",
@@ -110,7 +112,9 @@ async def run(program: PgDump, database: Database, schemas: Sequence[str], secti
                 process.kill()
                 await process.wait()
     if process.returncode != 0:
-        raise DumpFailed(f"{database.label}: pg_dump failed: {_first_error(complaints)}")
+        passing = any(sign in complaints for sign in _PASSING)
+        error = Unreachable if passing else DumpFailed
+        raise error(f"{database.label}: pg_dump failed: {_first_error(complaints)}")
     return output.decode()
 
 

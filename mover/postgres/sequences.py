@@ -114,12 +114,12 @@ async def _raise_shared(conn: Connection, sequence: SequenceRef, value: int, inc
 
 
 _POSITIONS = """
-SELECT n.nspname, c.relname, pg_sequence_last_value(c.oid), s.seqincrement
+SELECT n.nspname, c.relname, pg_sequence_last_value(s.seqrelid), s.seqincrement
   FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted (schema, name)
   JOIN pg_namespace n ON n.nspname = wanted.schema
   JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name AND c.relkind = 'S'
   JOIN pg_sequence s ON s.seqrelid = c.oid
- WHERE pg_sequence_last_value(c.oid) IS NOT NULL
+ WHERE pg_sequence_last_value(s.seqrelid) IS NOT NULL
 """
 _SET_ALL = """
 SELECT setval(c.oid, wanted.value)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
 
-from mover.core.errors import Refused
-from mover.core.ids import MigrationId, TableRef
+from mover.core.errors import LeaseLost, Refused
+from mover.core.ids import Epoch, MigrationId, TableRef, TenantId
 from mover.core.secret import Secret
-from mover.postgres import clone, pg_dump
-from mover.postgres.connect import Database
+from mover.postgres import agent, clone, owner, pg_dump
+from mover.postgres.connect import Database, Identity
 from mover.postgres.fingerprint import differences, fingerprint
 from tests.support.rich_schema import RICH_SCHEMA, RICH_SCHEMAS, ROLES
 
+TENANT = TenantId(UUID(int=1))
 TARGETS = {name: name for name in RICH_SCHEMAS.values()}
 PAIRS = [("pg16", "pg18"), ("pg18", "pg16"), ("pg15", "pg18"), ("pg18", "pg18")]
 
@@ -118,7 +119,15 @@ async def test_a_failed_clone_leaves_nothing(sides):
     )
     with pytest.raises(Exception, match="SQLSTATE 42704"):
         await clone.apply_pre(target, broken, MigrationId(uuid4()))
-    assert ask(target, "select nspname from pg_namespace where nspname like 'realestate%'") == []
+    assert target_schemas(target) == []
+
+
+def target_schemas(target):
+    return ask(target, "select nspname from pg_namespace where nspname like 'realestate%'")
+
+
+async def drop(target, migration):
+    return await clone.drop_clone(target, TARGETS, migration, "tenant_id", TENANT)
 
 
 @one_pair
@@ -126,15 +135,35 @@ async def test_only_schemas_that_the_migration_made_are_dropped(sides):
     source, target = sides
     migration = MigrationId(uuid4())
     read = await cloned(source, target, migration)
-    await clone.drop_clone(target, TARGETS, MigrationId(uuid4()))
-    assert len(ask(target, "select nspname from pg_namespace where nspname like 'realestate%'")) == 2
-    await clone.drop_clone(target, TARGETS, migration)
-    await clone.drop_clone(target, TARGETS, migration)
-    assert ask(target, "select nspname from pg_namespace where nspname like 'realestate%'") == []
+    run(target.url.reveal(), f"insert into realestate_dms.folders (tenant_id) values ('{TENANT}')")
+    assert not await drop(target, MigrationId(uuid4()))
+    assert len(target_schemas(target)) == 2
+    assert await drop(target, migration)
+    assert await drop(target, migration)
+    assert target_schemas(target) == []
 
     run(target.url.reveal(), "create schema realestate_dms")
     with pytest.raises(Refused, match="realestate_dms is already on target"):
         await clone.apply_pre(target, read, migration)
+
+
+@one_pair
+@pytest.mark.parametrize(
+    "row",
+    [
+        "insert into realestate_dms.folders (tenant_id) values (gen_random_uuid())",
+        "insert into realestate_dms.countries values ('de', 'Germany')",
+    ],
+    ids=["another-tenants", "reference"],
+)
+async def test_a_clone_with_somebody_elses_rows_is_never_dropped(sides, row):
+    source, target = sides
+    migration = MigrationId(uuid4())
+    await cloned(source, target, migration)
+    run(target.url.reveal(), row)
+    for _ in range(2):
+        assert not await drop(target, migration)
+    assert len(target_schemas(target)) == 2
 
 
 @one_pair
@@ -143,12 +172,31 @@ async def test_a_kept_clone_has_its_own_comment_and_is_not_dropped(sides):
     migration = MigrationId(uuid4())
     await cloned(source, target, migration)
     await clone.keep_clone(target, TARGETS, migration)
-    await clone.drop_clone(target, TARGETS, migration)
+    assert not await drop(target, migration)
     assert ask(
         target,
         "select obj_description(oid, 'pg_namespace') from pg_namespace"
         " where nspname like 'realestate%' order by nspname",
     ) == [(None,), ("documents; core_dms.x stays in a comment",)]
+
+
+@one_pair
+async def test_an_owner_that_was_replaced_makes_nothing(sides):
+    source, target = sides
+    migration = MigrationId(uuid4())
+    stale = Database(target.url, "target", identity=Identity(migration, Epoch(1)))
+    await agent.install(stale, stale.identity)
+    read = await cloned(source, stale, migration)
+    await owner.take(target, Identity(migration, Epoch(2)))
+    for step in (
+        clone.build_rest(stale, read, workers=1),
+        clone.drop_clone(stale, TARGETS, migration, "tenant_id", TENANT),
+        clone.keep_clone(stale, TARGETS, migration),
+    ):
+        with pytest.raises(LeaseLost):
+            await step
+    assert ask(target, "select count(*) from pg_indexes where schemaname like 'realestate%'") == [(0,)]
+    assert await drop(target, migration)
 
 
 @one_pair

@@ -1,0 +1,189 @@
+"""One migration's two databases: implements engine.site.Site by calling the module that knows each thing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+from mover.core.errors import SchemaChanged
+from mover.core.facts import Tenancy
+from mover.core.ids import Side, TableRef, TenantId
+from mover.core.migration import Place
+from mover.core.tables import MovedTable, Plan, Shape
+from mover.engine.preflight import judge
+from mover.engine.site import Link, Say
+from mover.postgres import agent, catalog, clone, fingerprint, identity, publication
+from mover.postgres.bulk import BulkCopier
+from mover.postgres.connect import Database, Identity
+from mover.postgres.digests import open_readers
+from mover.postgres.facts import gather
+from mover.postgres.fence import PgFence
+from mover.postgres.identity import IdentityNeed
+from mover.postgres.points import Points
+from mover.postgres.removal import remove_rows
+from mover.postgres.replication import WalStream
+from mover.postgres.sequences import PgSequences
+from mover.postgres.writer import Writer
+
+
+@dataclass
+class PgSite:
+    """`budget_s` bounds how long a frozen daemon can hold the tenant's writers."""
+
+    tenant: TenantId
+    identity: Identity
+    source_place: Place
+    target_place: Place
+    tenancy: Tenancy
+    workers: int
+    connections: int
+    budget_s: float
+    source: Database = field(init=False)
+    target: Database = field(init=False)
+    source_fence: PgFence = field(init=False)
+    target_fence: PgFence = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.source = Database(self.source_place.url, "source", self.identity, self.connections)
+        self.target = Database(self.target_place.url, "target", self.identity, self.connections)
+        self.source_fence = self._fence(self.source, self.source_place)
+        self.target_fence = self._fence(self.target, self.target_place)
+
+    def _fence(self, database: Database, place: Place) -> PgFence:
+        return PgFence(database, self.tenant, place.vertical, self.identity, self.budget_s)
+
+    async def preflight(self) -> Plan:
+        facts = await gather(
+            self.source, self.target, self.source_place, self.target_place, self.tenancy, self.tenant
+        )
+        return judge(facts)
+
+    async def provision(self) -> None:
+        async with self.target.connect("provision") as conn:
+            await conn.execute("SELECT 1")
+
+    async def take_over(self) -> None:
+        await agent.install(self.source, self.identity)
+        await agent.install(self.target, self.identity)
+
+    async def clone_schemas(self, shape: Shape) -> None:
+        if shape.fresh:
+            await clone.apply_pre(self.target, await self._ddl(shape), self.identity.migration)
+        else:
+            await self._compare_schemas(shape)
+
+    async def build_keys(self, shape: Shape, tables: Sequence[MovedTable]) -> None:
+        if shape.fresh and tables:
+            await clone.build_keys(self.target, await self._ddl(shape), {t.target for t in tables})
+
+    async def build_rest(self, shape: Shape) -> None:
+        if shape.fresh:
+            ddl = await self._ddl(shape)
+            await clone.build_keys(self.target, ddl, set(ddl.keys))
+            await clone.build_rest(self.target, ddl, workers=self.workers)
+        await self._compare_schemas(shape)
+
+    async def identify_rows(self, shape: Shape, say: Say) -> None:
+        needs = [IdentityNeed(t.source, t.tenant_column, t.key) for t in shape.tables]
+        await identity.ensure_identities(self.source, self.identity.migration, needs, say)
+
+    async def guard(self, shape: Shape, say: Say) -> None:
+        await self.target_fence.install(_tables(shape, Side.TARGET), "closed", say)
+        await self.source_fence.install(_tables(shape, Side.SOURCE), "open", say)
+
+    async def publish(self, shape: Shape, say: Say) -> None:
+        migration = self.identity.migration
+        await publication.create_publication(self.source, migration, shape.tables, self.tenant, say)
+        start = await publication.create_slot(self.source, migration, say)
+        await publication.store_start(self.target, self.identity, start)
+
+    def sequences(self, shape: Shape) -> AbstractAsyncContextManager[PgSequences]:
+        return _opened(PgSequences(self.source, self.target, shape))
+
+    @asynccontextmanager
+    async def link(self, shape: Shape) -> AsyncIterator[Link]:
+        name = publication.name_of(self.identity.migration)
+        async with AsyncExitStack() as stack:
+            points = await stack.enter_async_context(Points.open(self.source))
+            writer = Writer.open(self.target, shape, self.tenant, self.identity)
+            yield Link(
+                stream=WalStream(self.source, name, name),
+                source=points,
+                target=await stack.enter_async_context(writer),
+                copier=BulkCopier(self.source, self.target, shape, self.tenant, self.identity),
+                source_readers=await stack.enter_async_context(open_readers(self.source, Side.SOURCE)),
+                target_readers=await stack.enter_async_context(open_readers(self.target, Side.TARGET)),
+            )
+
+    async def slot_health(self) -> tuple[int, str] | None:
+        return await publication.retained_bytes(self.source, self.identity.migration)
+
+    async def stop_stream(self, say: Say) -> None:
+        await publication.drop_slot(self.source, self.identity.migration)
+        await publication.drop_publication(self.source, self.identity.migration, say)
+
+    async def restore_identity(self, shape: Shape, say: Say) -> None:
+        await identity.release_identities(self.source, self.identity.migration, say)
+
+    async def keep_target(self, shape: Shape) -> None:
+        if shape.fresh:
+            await clone.keep_clone(self.target, shape.schemas.values(), self.identity.migration)
+
+    async def reopen_source(self) -> None:
+        if await self.source_fence.state() != "absent":
+            await self.source_fence.reopen()
+
+    async def unguard_source(self, shape: Shape, say: Say) -> None:
+        await self.source_fence.remove(say)
+
+    async def unguard_target(self, shape: Shape, say: Say) -> None:
+        await self.target_fence.remove(say)
+
+    async def remove_target_rows(self, shape: Shape, say: Say) -> None:
+        schemas = shape.schemas.values()
+        if shape.fresh and await clone.drop_clone(
+            self.target, schemas, self.identity.migration, self.tenancy.column, self.tenant
+        ):
+            return
+        async with self.target.connect("undo") as conn:
+            there = await catalog.existing_tables(conn, [t.target for t in shape.tables])
+        tables = [(table, column) for table, column in _tables(shape, Side.TARGET) if table in there]
+        await remove_rows(self.target, tables, self.tenant, self.identity, say)
+
+    async def remove_source_rows(self, shape: Shape, say: Say) -> None:
+        await remove_rows(self.source, _tables(shape, Side.SOURCE), self.tenant, self.identity, say)
+
+    async def forget(self) -> None:
+        for database in (self.target, self.source):
+            await agent.forget(database, self.identity.migration)
+
+    async def refused_writes(self) -> int:
+        return await self.source_fence.refused_writes()
+
+    async def _ddl(self, shape: Shape) -> clone.ClonedDdl:
+        return await clone.read_ddl(self.source, self.target, shape.schemas)
+
+    async def _compare_schemas(self, shape: Shape) -> None:
+        """Raises SchemaChanged when the two sides' schemas are not the same."""
+        async with self.source.connect("compare") as ours, self.target.connect("compare") as theirs:
+            source = await fingerprint.fingerprint(ours, shape.schemas)
+            target = await fingerprint.fingerprint(theirs, {s: s for s in shape.schemas.values()})
+        if found := fingerprint.differences(source, target):
+            raise SchemaChanged(
+                f"the target's schemas differ from the source's: {'; '.join(found[:5])}",
+                hint="Align the target and resume, or cancel the migration.",
+            )
+
+
+@asynccontextmanager
+async def _opened(sequences: PgSequences) -> AsyncIterator[PgSequences]:
+    try:
+        yield sequences
+    finally:
+        await sequences.close()
+
+
+def _tables(shape: Shape, side: Side) -> list[tuple[TableRef, str]]:
+    """Each moved table on that side with its tenant column, parents first."""
+    return [(t.source if side is Side.SOURCE else t.target, t.tenant_column) for t in shape.tables]

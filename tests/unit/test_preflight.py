@@ -1,0 +1,315 @@
+"""Preflight's judgement on facts that no test server need be broken for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from uuid import UUID
+
+import pytest
+
+from mover.core.facts import (
+    Collision,
+    ColumnFacts,
+    Dangling,
+    Facts,
+    ForeignKey,
+    IndexFacts,
+    LongTransaction,
+    PublicationFacts,
+    Relation,
+    Rows,
+    ServerFacts,
+    SideFacts,
+    SubscriptionFacts,
+    Tenancy,
+    TriggerFacts,
+)
+from mover.core.ids import TableRef, TenantId
+from mover.engine.preflight import judge
+
+SERVER = ServerFacts(
+    version_num=160014,
+    system_identifier="1",
+    timeline=1,
+    in_recovery=False,
+    database="core",
+    wal_level="logical",
+    role="mover",
+    superuser=False,
+    replication=True,
+    bypass_rls=False,
+    create_role=False,
+    slots_max=10,
+    slots_used=0,
+    senders_max=10,
+    senders_used=0,
+    connections_max=100,
+    connections_used=10,
+    connections_reserved=3,
+    slot_wal_keep_mb=-1,
+    may_set_replica_role=True,
+    may_create_schema=True,
+    pooled=False,
+)
+KEY = IndexFacts("pkey", ("id",), primary=True, partial=False, immediate=True, replica_identity=False)
+
+
+def column(name, type="uuid", not_null=True):
+    return ColumnFacts(name, type, not_null, generated="", identity="", collatable=type == "text")
+
+
+def table(name, **changes):
+    base = Relation(
+        ref=TableRef("core_dms", name),
+        kind="r",
+        persistence="p",
+        inherits=False,
+        row_security=False,
+        row_security_forced=False,
+        owner="mover",
+        owned=True,
+        privileges=frozenset({"SELECT", "INSERT", "UPDATE", "DELETE"}),
+        replica_identity="d",
+        columns=(column("id"), column("tenant_id"), column("title", "text")),
+        indexes=(KEY,),
+    )
+    return replace(base, **changes)
+
+
+def key(child, parent, columns=("parent_id",)):
+    return ForeignKey(
+        f"{child}_fk", TableRef("core_dms", child), TableRef("core_dms", parent), columns, ("id",)
+    )
+
+
+def facts(*relations, foreign_keys=(), source=None, target=None, **changes):
+    """A sound migration of `relations` to a fresh target, but for what the arguments change."""
+    relations = relations or (table("documents"),)
+    side = SideFacts(SERVER, frozenset({"core_dms"}), relations=relations, foreign_keys=tuple(foreign_keys))
+    other = SideFacts(replace(SERVER, system_identifier="2", version_num=180004), frozenset())
+    base = Facts(
+        tenant=TenantId(UUID(int=1)),
+        tenancy=Tenancy("tenant_id"),
+        schemas={"core_dms": "realestate_dms"},
+        source=replace(side, **(source or {})),
+        target=replace(other, **(target or {})),
+        connections_wanted=12,
+        rows={r.ref: Rows(10, 1000, exact=True, exists=True) for r in relations},
+    )
+    return replace(base, **changes)
+
+
+def found(some_facts):
+    return [(f.code, f.warning) for f in judge(some_facts).findings]
+
+
+def server(**changes):
+    return {"server": replace(SERVER, **changes)}
+
+
+def test_a_sound_migration_has_no_findings():
+    plan = judge(facts())
+    assert plan.findings == ()
+    assert [(str(t.source), str(t.target)) for t in plan.shape.tables] == [
+        ("core_dms.documents", "realestate_dms.documents")
+    ]
+    assert plan.classes == {"core_dms.documents": "tenant"}
+    assert plan.facts["source"]["version"] == "16.14"
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "warning"),
+    [
+        ({"wal_level": "replica"}, "wal_level", False),
+        ({"replication": False}, "no_replication", False),
+        ({"slots_used": 10}, "no_free_replication_slots", False),
+        ({"senders_used": 10}, "no_free_wal_senders", False),
+        ({"version_num": 160008}, "old_minor", False),
+        ({"version_num": 150012}, "old_minor", False),
+        ({"version_num": 170004}, "old_minor", False),
+        ({"in_recovery": True}, "standby", False),
+        ({"pooled": True}, "pooler", False),
+        ({"may_create_schema": False}, "no_create", False),
+        ({"may_set_replica_role": False}, "no_replica_role", False),
+        ({"slot_wal_keep_mb": 512}, "slot_wal_keep", True),
+        ({"connections_used": 90}, "few_connections", True),
+        ({"long_transactions": (LongTransaction(7, "report", 900.0),)}, "long_transactions", True),
+    ],
+)
+def test_each_lack_of_the_source_is_found(changes, code, warning):
+    assert found(facts(source=server(**changes))) == [(code, warning)]
+
+
+@pytest.mark.parametrize("version_num", [150013, 160009, 170005, 180000])
+def test_minor_versions_that_decode_well_are_accepted(version_num):
+    assert found(facts(source=server(version_num=version_num))) == []
+
+
+def test_all_refusals_come_at_once_with_a_hint_each():
+    plan = judge(
+        facts(
+            table("documents", columns=(column("id"),)),
+            table("folders", indexes=()),
+            source=server(wal_level="replica", replication=False),
+        )
+    )
+    assert {f.code for f in plan.refusals} == {
+        "no_tenant_column",
+        "no_primary_key",
+        "wal_level",
+        "no_replication",
+    }
+    assert all(f.hint and f.message for f in plan.findings)
+
+
+def test_parents_come_before_children_and_a_cycle_is_noted():
+    keys = [key("a_child", "b_parent"), key("b_parent", "c_root"), key("c_root", "c_root")]
+    tables = [table(name) for name in ("a_child", "b_parent", "c_root")]
+    plan = judge(facts(*tables, foreign_keys=keys))
+    assert [t.source.name for t in plan.shape.tables] == ["c_root", "b_parent", "a_child"]
+    assert plan.findings == ()
+
+    plan = judge(facts(*tables, foreign_keys=[*keys, key("c_root", "a_child")]))
+    assert [t.source.name for t in plan.shape.tables] == ["a_child", "b_parent", "c_root"]
+    assert [(f.code, f.warning) for f in plan.findings] == [("foreign_key_cycle", True)]
+
+
+def test_exempt_tables_are_known_by_either_sides_name():
+    tables = (table("documents"), table("countries", columns=(column("id"),)))
+    for listed in ("core_dms.countries", "realestate_dms.countries"):
+        tenancy = Tenancy("tenant_id", reference_tables=frozenset({listed}))
+        plan = judge(facts(*tables, tenancy=tenancy))
+        assert plan.refusals == ()
+        assert plan.classes["core_dms.countries"] == "reference"
+    tenancy = Tenancy("tenant_id", ignore_tables=frozenset({"core_dms.documents"}))
+    assert judge(facts(tables[0], tenancy=tenancy)).classes == {"core_dms.documents": "ignored"}
+
+
+def test_an_exempt_table_that_refers_to_moved_rows_is_refused():
+    tables = (table("documents"), table("audit", columns=(column("id"),)))
+    tenancy = Tenancy("tenant_id", ignore_tables=frozenset({"core_dms.audit"}))
+    plan = judge(facts(*tables, foreign_keys=[key("audit", "documents")], tenancy=tenancy))
+    assert [f.code for f in plan.refusals] == ["referenced_from_outside"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "filter_columns", "updates", "refused"),
+    [
+        (("id", "title"), (), True, True),
+        (("id", "tenant_id", "title"), (), True, False),
+        (None, ("title",), True, True),
+        (None, ("tenant_id",), True, False),
+        (("id",), (), False, False),
+    ],
+)
+def test_publications_that_the_new_identity_would_break_are_refused(
+    columns, filter_columns, updates, refused
+):
+    documents = table("documents")
+    publication = PublicationFacts("theirs", documents.ref, columns, filter_columns, updates)
+    plan = judge(facts(documents, source={"publications": (publication,)}))
+    assert [f.code for f in plan.refusals] == (["publication"] if refused else [])
+    assert plan.facts["replica_identity_changes"] == ["core_dms.documents"]
+
+
+def test_publications_do_not_matter_where_the_identity_stays():
+    documents = table("documents", replica_identity="f")
+    publication = PublicationFacts("theirs", documents.ref, ("id",), (), True)
+    assert judge(facts(documents, source={"publications": (publication,)})).findings == ()
+
+
+def test_subscriptions_into_moved_tables_are_refused_on_both_sides():
+    theirs = SubscriptionFacts("s", TableRef("core_dms", "documents"))
+    mapped = SubscriptionFacts("s", TableRef("realestate_dms", "documents"))
+    plan = judge(facts(source={"subscriptions": (theirs,)}, target={"subscriptions": (mapped,)}))
+    assert [f.code for f in plan.refusals] == ["subscription", "subscription"]
+
+
+@pytest.mark.parametrize(
+    ("enabled", "on_delete", "expected"),
+    [
+        ("O", True, []),
+        ("D", True, []),
+        ("A", True, [("delete_trigger", False)]),
+        ("R", True, [("delete_trigger", False)]),
+        ("A", False, [("always_trigger", True)]),
+    ],
+)
+def test_triggers_that_cannot_be_bypassed_are_found(enabled, on_delete, expected):
+    documents = table("documents", triggers=(TriggerFacts("t", on_delete, enabled),))
+    assert found(facts(documents)) == expected
+
+
+def test_a_role_that_owns_nothing_is_told_whose_membership_it_needs():
+    plan = judge(facts(table("documents", owned=False, owner="app", privileges=frozenset({"SELECT"}))))
+    assert [(f.code, f.hint) for f in plan.refusals] == [
+        ("not_owner", 'GRANT "app" TO "mover";'),
+        ("no_privilege", 'GRANT DELETE ON core_dms.documents TO "mover";'),
+    ]
+
+
+def test_forced_row_security_matters_on_a_fresh_target():
+    documents = table("documents", row_security_forced=True)
+    assert found(facts(documents)) == [("row_security", False)]
+    bypassing = replace(SERVER, system_identifier="2", bypass_rls=True)
+    assert found(facts(documents, target={"server": bypassing})) == []
+
+
+def test_what_could_not_be_counted_is_a_warning():
+    documents = TableRef("realestate_dms", "documents")
+    outside = ForeignKey("fk", TableRef("core_dms", "documents"), TableRef("auth", "o"), ("a",), ("b",))
+    plan = judge(
+        facts(
+            foreign_keys=[outside],
+            target={
+                "schemas": frozenset({"realestate_dms"}),
+                "relations": (table("documents", ref=documents),),
+            },
+            parents_outside=frozenset({outside.parent}),
+            collisions=(Collision(documents, "pkey", None),),
+            missing_references=(Dangling(outside, None),),
+            foreign_parents=(Dangling(outside, None),),
+        )
+    )
+    assert plan.refusals == ()
+    assert [f.code for f in plan.findings] == [
+        "references_unchecked",
+        "cross_tenant_unchecked",
+        "collision_unchecked",
+    ]
+
+
+def test_a_clone_needs_its_extensions_and_policy_roles():
+    plan = judge(
+        facts(
+            source={
+                "extensions_needed": frozenset({"citext", "vector", "hstore"}),
+                "extensions_inside": frozenset({"hstore"}),
+                "policy_roles": frozenset({"app"}),
+                "granted_roles": frozenset({"app", "report"}),
+                "server": replace(SERVER, extensions={"citext": "1.6", "vector": "0.7"}),
+            },
+            target={"server": replace(SERVER, system_identifier="2", extensions={"vector": "0.8"})},
+        )
+    )
+    assert [(f.code, f.warning) for f in plan.findings] == [
+        ("extension_inside", False),
+        ("extension_missing", False),
+        ("extension_version", True),
+        ("policy_role_missing", False),
+        ("grant_roles_missing", True),
+    ]
+
+
+def test_virtual_columns_need_a_target_that_knows_them():
+    virtual = ColumnFacts("v", "text", False, generated="v", identity="", collatable=True)
+    documents = table("documents", columns=(column("id"), column("tenant_id"), virtual))
+    assert found(facts(documents)) == []
+    old = replace(SERVER, system_identifier="2", version_num=170005)
+    assert found(facts(documents, target={"server": old})) == [("virtual_column", False)]
+
+
+def test_the_same_database_and_schemas_are_refused():
+    same = {"server": SERVER}
+    assert found(facts(target=same, schemas={"core_dms": "core_dms"})) == [("same_place", False)]
+    assert found(facts(target=same)) == []
