@@ -20,19 +20,24 @@ class Fence(Protocol):
         """Wait for in-flight writers, hold new ones, set `closed` and put a mark behind the last write.
 
         Returns the mark. The hold frees itself should we freeze. Raises CutoverAborted when the
-        writers did not end within `lock_timeout_s`; then nothing happened."""
+        writers did not end within `lock_timeout_s`; after any error only `reopen` tells whether it
+        happened."""
         ...
 
     async def reopen(self) -> None:
-        """Undo `close`: writers go on here. Harmless when the fence is open."""
+        """Undo `close`, whatever it has done so far: writers go on here. Harmless when the fence is open."""
         ...
 
     async def open(self) -> None:
-        """(closed or aborted) -> open: this place serves the tenant now."""
+        """(closed or aborted) -> open: this place serves the tenant now. Repeatable."""
         ...
 
     async def move_away(self) -> None:
-        """closed -> moved: waiting writers wake and are told to go elsewhere."""
+        """closed -> moved: waiting writers wake and are told to go elsewhere. Repeatable."""
+        ...
+
+    async def let_go(self) -> None:
+        """End what `get_ready` opened; the state stays."""
         ...
 
     async def state(self) -> str: ...
@@ -85,10 +90,13 @@ class Decision(Protocol):
     """The route, changed exactly once."""
 
     async def switch(self, evidence: Mapping[str, object]) -> None:
-        """Commit the switch. Raises OutcomeUnknown when the answer was lost after it was sent."""
+        """Commit the switch; taken already, it returns. Any MoverError says that it certainly did not
+        happen, but for OutcomeUnknown: the answer was lost after it was sent."""
         ...
 
-    async def is_switched(self) -> bool: ...
+    async def is_switched(self) -> bool:
+        """Read at this owner's epoch: a decision of an older owner can no longer arrive afterwards."""
+        ...
 
 
 class Cache(Protocol):

@@ -18,13 +18,20 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from cutover.ports import Cache, Decision, Drain, Fence, Proof, Sequences, TargetFence
-from mover.core.errors import CutoverAborted, MoverError, OutcomeUnknown, first_error
+from mover.core.errors import (
+    CutoverAborted,
+    LockNotAvailable,
+    MoverError,
+    OutcomeUnknown,
+    Remedy,
+    first_error,
+)
 from mover.ports import Clock
 
 # Share of the budget that in-flight writers may use to end.
 LOCK_SHARE = 0.3
-# Between tries of something that must succeed now that the switch is decided.
-FORWARD_RETRY_S = 0.1
+# Between tries of something that must succeed before the tenant can write again.
+RETRY_S = 0.1
 
 
 @dataclass(slots=True)
@@ -44,17 +51,23 @@ class Stopwatch:
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """What a cutover touches."""
+class Ends:
+    """What settling a cutover touches."""
 
     source: Fence
     target: TargetFence
-    drain: Drain
-    proof: Proof
-    sequences: Sequences
     decision: Decision
     cache: Cache
     clock: Clock
+
+
+@dataclass(frozen=True, slots=True)
+class World(Ends):
+    """What a cutover touches."""
+
+    drain: Drain
+    proof: Proof
+    sequences: Sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,44 +82,63 @@ class Report:
 async def cut_over(world: World, budget_s: float) -> Report:
     """Move the tenant's writes from source to target within `budget_s` of pause, or not at all.
 
-    Raises CutoverAborted, VerificationFailed or what
-    stood in the way: then the source serves as before. Raises OutcomeUnknown when the decision's
-    answer was lost: then only `recover` may go on."""
+    Raises CutoverAborted, VerificationFailed or what stood in the way: then the source serves as before.
+    Raises OutcomeUnknown when the decision's answer was lost: then only `recover` may go on."""
     watch = Stopwatch(world.clock)
-    for part in (world.proof, world.sequences, world.target, world.source):
-        await part.get_ready()
-    started = world.clock.monotonic()
-    async with watch.step("close"):
-        mark = await world.source.close(budget_s * LOCK_SHARE)
     try:
-        async with asyncio.timeout(budget_s - (world.clock.monotonic() - started)):
-            evidence = await _prove(world, mark, watch)
-    except TimeoutError:
-        await world.source.reopen()
-        raise CutoverAborted(f"the pause budget of {budget_s:.1f} s was spent: {watch.steps_ms}") from None
-    except BaseException:
-        await world.source.reopen()
-        raise
-    async with watch.step("decide"):
-        await _decide(world, evidence)
-    await _finish(world, watch)
-    pause_ms = round((world.clock.monotonic() - started) * 1000, 2)
-    await world.cache.invalidate()
+        for part in (world.proof, world.sequences, world.target, world.source):
+            await part.get_ready()
+        started = world.clock.monotonic()
+        evidence = await _close_and_prove(world, budget_s, watch)
+        async with watch.step("decide"):
+            await _decide(world, evidence)
+        await _finish(world, watch)
+        pause_ms = round((world.clock.monotonic() - started) * 1000, 2)
+        await world.cache.invalidate()
+    finally:
+        await world.source.let_go()
+        await world.target.let_go()
     return Report(pause_ms, dict(watch.steps_ms), evidence)
 
 
-async def recover(world: World) -> bool:
+async def recover(ends: Ends) -> bool:
     """Settle a cutover whose owner died in the middle; says whether the tenant was switched.
 
     The new owner's epoch already keeps the old one from deciding or opening. The target's fence is
-    the arbiter: aborted first, then nobody can open it behind our back."""
-    if await world.target.abort() and not await world.decision.is_switched():
-        await world.source.reopen()
-        await world.target.close_again()
+    the arbiter: aborted first, then nobody can open it behind our back. A target that is open has been
+    decided for, whatever the platform remembers: then the route follows it."""
+    if not await ends.target.abort():
+        await ends.decision.switch({"recovered": "the target was open"})
+    elif not await ends.decision.is_switched():
+        await ends.source.reopen()
+        await ends.target.close_again()
         return False
-    await _finish(world, Stopwatch(world.clock))
-    await world.cache.invalidate()
+    await _finish(ends, Stopwatch(ends.clock))
+    await ends.cache.invalidate()
     return True
+
+
+async def _close_and_prove(world: World, budget_s: float, watch: Stopwatch) -> Mapping[str, object]:
+    """All that can still be undone; undone by reopening when it fails or the budget is spent."""
+    try:
+        async with asyncio.timeout(budget_s):
+            async with watch.step("close"):
+                mark = await world.source.close(budget_s * LOCK_SHARE)
+            return await _prove(world, mark, watch)
+    except TimeoutError:
+        await _undo(world)
+        raise CutoverAborted(f"the pause budget of {budget_s:.1f} s was spent: {watch.steps_ms}") from None
+    except LockNotAvailable as error:
+        await _undo(world)
+        raise CutoverAborted(f"under the fence: {error}") from error
+    except BaseException:
+        await _undo(world)
+        raise
+
+
+async def _undo(world: World) -> None:
+    """Tried until it is done: nobody else lets the tenant write again while we live."""
+    await _until_done(world, world.source.reopen)
 
 
 async def _prove(world: World, mark: str, watch: Stopwatch) -> Mapping[str, object]:
@@ -122,30 +154,31 @@ async def _prove(world: World, mark: str, watch: Stopwatch) -> Mapping[str, obje
 
 
 async def _decide(world: World, evidence: Mapping[str, object]) -> None:
-    """The point of no return. An error that says "certainly not" undoes; anything else is settled."""
+    """The point of no return. An error that says "certainly not" undoes; after any other, also a
+    cancellation, the source stays closed until `recover` knows."""
     try:
         await world.decision.switch(evidence)
     except OutcomeUnknown:
         raise
     except MoverError:
-        await world.source.reopen()
+        await _undo(world)
         raise
 
 
-async def _finish(world: World, watch: Stopwatch) -> None:
+async def _finish(ends: Ends, watch: Stopwatch) -> None:
     """Decided: open the target, then tell the waiting writers. Tried until it is done."""
     async with watch.step("open"):
-        await _until_done(world, world.target.open)
+        await _until_done(ends, ends.target.open)
     async with watch.step("release"):
-        await _until_done(world, world.source.move_away)
+        await _until_done(ends, ends.source.move_away)
 
 
-async def _until_done(world: World, action: Callable[[], Awaitable[None]]) -> None:
+async def _until_done(ends: Ends, action: Callable[[], Awaitable[None]]) -> None:
     """Repeats what may only succeed. A lost lease ends it: the new owner goes on from here."""
     while True:
         try:
             return await action()
         except MoverError as error:
-            if error.remedy is not error.remedy.RETRY:
+            if error.remedy is not Remedy.RETRY:
                 raise
-            await world.clock.sleep(FORWARD_RETRY_S)
+            await ends.clock.sleep(RETRY_S)

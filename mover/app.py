@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from aiohttp import web
 
 from mover.cache import RoutingCache
 from mover.config import Config
-from mover.core.errors import MoverError
+from mover.core.errors import MoverError, first_error
 from mover.core.facts import Tenancy
 from mover.core.ids import Epoch, MigrationId, TenantId
 from mover.core.migration import Claim, MigrationRequest, Place, Progress
@@ -53,18 +54,20 @@ async def run(config: Config, stop: asyncio.Event) -> None:
     ) as store:
         workshop = Workshop(config, store, metrics)
         app = make_app(store, workshop.plan, config.place, config.api.tokens, metrics)
-        async with listening(app, config), asyncio.TaskGroup() as tasks:
-            engine = tasks.create_task(workshop.daemon().run(), name="engine")
-            await stop.wait()
-            engine.cancel()
+        async with listening(app, config):
+            with first_error():
+                async with asyncio.TaskGroup() as tasks:
+                    engine = tasks.create_task(workshop.daemon().run(), name="engine")
+                    await stop.wait()
+                    engine.cancel()
     _log.info("stopped", action="stop")
 
 
-class LoopClock:
-    """Implements ports.Clock by the event loop."""
+class SystemClock:
+    """Implements ports.Clock; not by the loop's own time, which uvloop keeps in whole milliseconds."""
 
     def monotonic(self) -> float:
-        return asyncio.get_running_loop().time()
+        return time.monotonic()
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -84,7 +87,7 @@ class Workshop:
             name=f"{socket.gethostname()}/{os.getpid()}",
             store=self.store,
             make_move=self.move,
-            clock=LoopClock(),
+            clock=SystemClock(),
             lease_s=engine.lease_seconds,
             max_active=engine.max_active_migrations,
             metrics=MetricsObserver(self.metrics),
@@ -116,9 +119,10 @@ class Workshop:
                 copy_workers=engine.copy_workers,
                 wave_seconds=engine.wave_seconds,
                 pause_budget_s=engine.pause_budget_ms / 1000,
+                tombstone_s=engine.tombstone_days * 86_400,
                 monitoring_s=self.config.monitoring_seconds(m.source_tier, m.target_tier),
             ),
-            clock=LoopClock(),
+            clock=SystemClock(),
             observer=MetricsObserver(self.metrics),
             progress=progress,
         )

@@ -46,7 +46,8 @@ class MoveStore(Protocol):
         """Lease the most urgent migration that is due and free, raising its epoch, or None.
 
         Due: `queued` with scheduled_at reached (it becomes `in_progress`), or `in_progress`,
-        `monitoring`, `rolling_back` whose lease ended. By priority, then age; SKIP LOCKED."""
+        `monitoring`, `rolling_back` whose lease ended, or `completed` with a tombstone to be looked
+        at. By priority, then age; SKIP LOCKED."""
         ...
 
     async def heartbeat(self, claim: Claim, lease_seconds: float) -> Wish | None:
@@ -86,6 +87,20 @@ class MoveStore(Protocol):
 
     async def event(self, claim: Claim, message: str, level: str = "info", **facts: object) -> None:
         """Append a line to `platform.migration_events`, seen live over the WebSocket."""
+        ...
+
+    async def tombstone(self, claim: Claim, refused: int, check_again_seconds: float) -> float:
+        """Note how many writes the left place has refused so far, and when to look again.
+
+        Returns the seconds since that number last changed."""
+        ...
+
+    async def end_tombstone(self, claim: Claim) -> None:
+        """The left place holds nothing of ours any more."""
+        ...
+
+    async def load_progress(self, claim: Claim) -> Progress:
+        """What an earlier owner saved."""
         ...
 
     async def save_progress(self, claim: Claim, progress: Progress) -> None: ...

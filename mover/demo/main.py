@@ -59,6 +59,12 @@ class Outcome:
     duration_s: float
 
     @property
+    def pause_steps(self) -> Mapping[str, float]:
+        """Milliseconds, as the daemon measured them."""
+        steps: Mapping[str, float] = self.evidence.get("pause_steps_ms", {})
+        return steps
+
+    @property
     def good(self) -> bool:
         return (
             self.status == "completed"
@@ -227,6 +233,7 @@ def _show(console: Console, outcome: Outcome, tenant: Tenant) -> None:
             "pause the writers saw",
             f"median {pause.p50} ms, 99 % {pause.p99} ms, longest {pause.max} ms" if pause else "none",
         ),
+        ("  its steps, ms", ", ".join(f"{k} {v}" for k, v in outcome.pause_steps.items())),
         ("client errors", str(writers.client_errors)),
         ("acknowledged writes", f"{outcome.ledger.checked:,}"),
         ("  lost", str(outcome.ledger.lost)),

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
 
 import structlog
 
-from mover.core.errors import LeaseLost, MoverError, Remedy
+from mover.core.errors import LeaseLost, MoverError, Remedy, VerificationFailed
 from mover.core.migration import Claim, Migration, Progress, Wish
 from mover.core.states import Status
 from mover.engine.move import Move
@@ -28,6 +29,7 @@ PROGRESS_S = 1.0
 # Heartbeats per lease: two may be lost before another daemon takes over.
 HEARTBEATS_PER_LEASE = 4
 BACKOFF_S = (1.0, 60.0)
+RELEASE_PATIENCE_S = 3.0
 # A migration whose promise may be broken is not touched again before an operator looks.
 HALTED_S = 10 * 365 * 86_400.0
 
@@ -124,27 +126,34 @@ class Work:
         """Work until the migration rests, and leave it so that any daemon can go on."""
         task = asyncio.create_task(self._attempt(), name="attempt")
         heart = asyncio.create_task(self._beat(task), name="heartbeat")
-        try:
+        with suppress(asyncio.CancelledError):  # the daemon stops: like a wish, but without one
             await asyncio.wait([task, heart], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            heart.cancel()
-            task.cancel()
-            await asyncio.wait([task, heart])
+        for each in (task, heart):
+            if not each.cancelling():  # a second cancellation would tear a cutover that is ending itself
+                each.cancel()
+        await asyncio.wait([task, heart])
         if not heart.cancelled() and (error := heart.exception()):
             raise error
         if task.cancelled():
-            await self._obey()
+            with suppress(TimeoutError):  # otherwise the lease runs out by itself
+                async with asyncio.timeout(RELEASE_PATIENCE_S):
+                    await self._obey()
         elif error := task.exception():
             raise error
 
     async def _attempt(self) -> None:
         migration = self.claim.migration
         try:
+            self.progress = await self.store.load_progress(self.claim)
+            self.progress.waiting_for = None
             self._move = move = await self.make_move(self.claim, self.progress)
-            if migration.status is Status.ROLLING_BACK:
-                self.ended = await move.undo()
-            else:
-                self.ended = await move.run()
+            match migration.status:
+                case Status.ROLLING_BACK:
+                    self.ended = await move.undo()
+                case Status.COMPLETED:
+                    await move.watch_tombstone()
+                case _:
+                    self.ended = await move.run()
             self.failures.pop(str(migration.id), None)
             await self._save()
         except LeaseLost:
@@ -162,6 +171,8 @@ class Work:
             error=str(error),
             exc_info=error if error.__cause__ is not None else None,
         )
+        if isinstance(error, VerificationFailed):
+            self.progress.evidence["mismatches"] = list(error.evidence)
         await self._save()
         await self.store.event(self.claim, str(error), "error", code=error.code, hint=error.hint or "")
         facts = describe(error)

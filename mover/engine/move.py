@@ -7,8 +7,9 @@ written before the world changed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
@@ -20,6 +21,7 @@ from cutover.protocol import Report, World, cut_over, recover
 from mover.core.errors import (
     CutoverAborted,
     DamageAfterSwitch,
+    LeaseLost,
     MoverError,
     OutcomeUnknown,
     Refused,
@@ -37,11 +39,14 @@ from mover.engine.site import Link, Site
 from mover.engine.verify import Verification
 from mover.ports import Clock, MoveStore
 
+log = structlog.get_logger()
+
 # Near enough to begin with verification; the rest is drained again and again on the way.
 SMALL_LAG_BYTES = 1 << 20
 # After an aborted attempt writers get this long before the next one; doubled up to the second number.
 CUTOVER_BACKOFF_S = (1.0, 30.0)
 MONITOR_INTERVAL_S = 5.0
+TOMBSTONE_INTERVAL_S = 3600.0
 SETTLE_INTERVAL_S = 0.2
 # For a cutover that is being undone or finished when the daemon is told to stop.
 CANCEL_PATIENCE_S = 5.0
@@ -55,6 +60,7 @@ class Limits:
     wave_seconds: float
     pause_budget_s: float
     monitoring_s: float
+    tombstone_s: float
 
 
 class Observer(Protocol):
@@ -121,6 +127,17 @@ class Move:
         await self.store.set_status(self.claim, outcome, error=self.claim.migration.error)
         return outcome
 
+    async def watch_tombstone(self) -> None:
+        """A completed migration's guard on the source goes when nobody has met it for long enough."""
+        refused = await self.site.refused_writes()
+        quiet_s = await self.store.tombstone(self.claim, refused, self._tombstone_interval_s)
+        if quiet_s >= self.limits.tombstone_s:
+            plan = await self._stored_plan()
+            await self.site.remove_tombstone(plan.shape, self._say)
+            await self.store.end_tombstone(self.claim)
+            await self._say("the tombstone on the source is removed: nothing of ours is left")
+        await self.store.release(self.claim)
+
     async def _begin(self) -> Plan:
         """The phases before rows flow; a plan that was stored is kept."""
         plan = await self.store.load_plan(self.claim)
@@ -143,11 +160,11 @@ class Move:
         return plan
 
     async def _prepare(self, shape: Shape) -> None:
-        await self._step("prepare.ownership", self.site.take_over())
-        await self._step("prepare.schemas", self.site.clone_schemas(shape))
-        await self._step("prepare.identity", self.site.identify_rows(shape, self._say))
-        await self._step("prepare.guards", self.site.guard(shape, self._say))
-        await self._step("prepare.stream", self.site.publish(shape, self._say))
+        await self._step("prepare.ownership", self.site.take_over)
+        await self._step("prepare.schemas", self.site.clone_schemas, shape)
+        await self._step("prepare.identity", self.site.identify_rows, shape, self._say)
+        await self._step("prepare.guards", self.site.guard, shape, self._say)
+        await self._step("prepare.stream", self.site.publish, shape, self._say)
 
     async def _transfer(self, shape: Shape) -> None:
         """Rows flow: copy, follow, prove, switch. One follower serves all four."""
@@ -305,9 +322,9 @@ class Move:
     async def _monitor(self, shape: Shape) -> None:
         """The window before the source is cleaned. The forward stream is over."""
         async with self._phase(Phase.MONITOR):
-            await self._step("monitor.keep_target", self.site.keep_target(shape))
-            await self._step("monitor.stop_stream", self.site.stop_stream(self._say))
-            await self._step("monitor.identity", self.site.restore_identity(shape, self._say))
+            await self._step("monitor.keep_target", self.site.keep_target, shape)
+            await self._step("monitor.stop_stream", self.site.stop_stream, self._say)
+            await self._step("monitor.identity", self.site.restore_identity, shape, self._say)
             while (left := self._window_left()) > 0:
                 self.progress.eta_seconds = round(left, 1)
                 await self._count_refused()
@@ -322,18 +339,23 @@ class Move:
 
     async def _clean_up(self, shape: Shape) -> None:
         async with self._phase(Phase.CLEANUP):
-            await self._step("cleanup.source_rows", self.site.remove_source_rows(shape, self._say))
-            await self._step("cleanup.target_guards", self.site.unguard_target(shape, self._say))
-            await self._step("cleanup.forget", self.site.forget())
+            await self._step("cleanup.source_rows", self.site.remove_source_rows, shape, self._say)
+            await self._step("cleanup.target_guards", self.site.unguard_target, shape, self._say)
+            await self._step("cleanup.forget", self.site.forget)
+        await self.store.tombstone(self.claim, await self.site.refused_writes(), self._tombstone_interval_s)
         await self.store.set_status(self.claim, Status.COMPLETED)
 
     async def _remove_all(self, shape: Shape) -> None:
-        await self._step("undo.stream", self.site.stop_stream(self._say))
-        await self._step("undo.source_guards", self.site.unguard_source(shape, self._say))
-        await self._step("undo.target_guards", self.site.unguard_target(shape, self._say))
-        await self._step("undo.target_rows", self.site.remove_target_rows(shape, self._say))
-        await self._step("undo.identity", self.site.restore_identity(shape, self._say))
-        await self._step("undo.forget", self.site.forget())
+        await self._step("undo.stream", self.site.stop_stream, self._say)
+        await self._step("undo.source_guards", self.site.unguard_source, shape, self._say)
+        await self._step("undo.target_guards", self.site.unguard_target, shape, self._say)
+        await self._step("undo.target_rows", self.site.remove_target_rows, shape, self._say)
+        await self._step("undo.identity", self.site.restore_identity, shape, self._say)
+        await self._step("undo.forget", self.site.forget)
+
+    @property
+    def _tombstone_interval_s(self) -> float:
+        return min(TOMBSTONE_INTERVAL_S, self.limits.tombstone_s)
 
     async def measure(self) -> None:
         """Bring the progress' live figures up to date; called beside `run`, about once a second."""
@@ -379,21 +401,34 @@ class Move:
         if not self._was_reached(phase) or self.claim.migration.phase is phase:
             await self.store.enter_phase(self.claim, phase)
         structlog.contextvars.bind_contextvars(phase=phase.value)
-        await self._step_begins(phase.value)
-        yield
-        await self.store.end_step(self.claim, phase.value)
-        self.observer.phase_took(phase, self.clock.monotonic() - started)
+        await self._say(f"{phase}: begins")
+        async with self._journal(phase.value):
+            yield
+        seconds = self.clock.monotonic() - started
+        self.observer.phase_took(phase, seconds)
+        await self._say(f"{phase}: done in {seconds:.1f} s")
 
-    async def _step_begins(self, name: str) -> None:
-        await self.store.begin_step(self.claim, name)
+    async def _step(self, name: str, action: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        async with self._journal(name):
+            await action(*arguments)
 
-    async def _step(self, name: str, work: Awaitable[None]) -> None:
+    @asynccontextmanager
+    async def _journal(self, name: str) -> AsyncIterator[None]:
         """One line of the journal, written before the world changes."""
-        await self._step_begins(name)
-        await work
+        await self.store.begin_step(self.claim, name)
+        try:
+            yield
+        except LeaseLost:
+            raise
+        except MoverError as error:
+            with suppress(MoverError):  # the first error is the one that counts
+                await self.store.end_step(self.claim, name, detail=str(error), ok=False)
+            raise
         await self.store.end_step(self.claim, name)
 
     async def _say(self, message: str, level: str = "info") -> None:
+        """To whoever watches the migration, and to the log."""
+        log.log(logging.getLevelNamesMapping()[level.upper()], message, action="event")
         await self.store.event(self.claim, message, level)
 
 

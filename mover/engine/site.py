@@ -126,3 +126,7 @@ class Site(Protocol):
     async def refused_writes(self) -> int:
         """Writes that the guard on the source has refused."""
         ...
+
+    async def remove_tombstone(self, shape: Shape, say: Say) -> None:
+        """The guard on the source, and our schema there if nobody else needs it."""
+        ...

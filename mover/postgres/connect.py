@@ -36,6 +36,9 @@ PINNED: Mapping[str, str] = {
     "statement_timeout": "0",
     "lock_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
+    "idle_session_timeout": "0",
+    "default_transaction_isolation": "read committed",  # compare-and-swap waits and looks again
+    "default_transaction_read_only": "off",
     "row_security": "off",  # raises where a policy would silently hide rows
     "search_path": "pg_catalog",
 }

@@ -43,6 +43,8 @@ class DigestReaders:
     database: Database
     side: Side
     connections: Sequence[asyncpg.Connection[Any]]
+    # Composed once and kept over all snapshots, so that the check under the fence need not ask again.
+    queries: dict[MovedTable, DigestQueries] = field(default_factory=dict)
     # By table, the columns in our order: looked up once, so that a later snapshot need not.
     bytewise: dict[MovedTable, frozenset[str]] = field(default_factory=dict)
 

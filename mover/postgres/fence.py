@@ -14,19 +14,38 @@ from uuid import uuid4
 import psycopg
 from psycopg import sql
 
-from mover.core.errors import CutoverAborted, LeaseLost, LockNotAvailable, MoverError
+from mover.core.errors import (
+    CutoverAborted,
+    LeaseLost,
+    LockNotAvailable,
+    MoverError,
+    Remedy,
+    SchemaChanged,
+    Unreachable,
+)
 from mover.core.ids import TableRef, TenantId
+from mover.postgres import owner
 from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
 from mover.postgres.locks import with_lock_timeout
 from mover.sql import load
 
-# A writer that meets a closed fence without a living owner gets a retryable error after this.
+# A writer that meets a closed fence without a living owner gets a retryable error after this, or after
+# this many times the pause budget: a pause that goes well must never refuse.
 GUARD_WAIT_MS = 10_000
+GUARD_WAIT_BUDGETS = 3
 # A transaction open for longer than this when the cutover begins is waited for outside the fence.
 MAX_HOLDER_AGE_S = 0.5
 _DEFINITIONS = ("insert", "update", "delete", "truncate")
+_HOLD = "hold"
+Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 Say = Callable[[str], Awaitable[None]]
+
+
+class WrongState(MoverError):
+    """The fence is in a state that this step of the protocol cannot have left behind."""
+
+    code, remedy = "wrong_state", Remedy.HALT
 
 
 class PgFence:
@@ -41,88 +60,115 @@ class PgFence:
         digest = hashlib.md5(f"{tenant}/{vertical}".encode(), usedforsecurity=False).digest()
         self.name = digest.hex()[:16]
         self.key = int.from_bytes(digest[:8], "big", signed=True)
+        self._guarded_tables: frozenset[TableRef] = frozenset()
         self._hold: AsyncExitStack | None = None
-        self._holder: psycopg.AsyncConnection[tuple[Any, ...]] | None = None
+        self._holder: Connection | None = None
+        self._stray_pid: int | None = None
 
     async def install(self, tables: Sequence[tuple[TableRef, str]], state: str, say: Say) -> None:
         """Guards on `tables` (each with its tenant column), the fence beginning in `state`; repeatable."""
         async with self._database.connect("guard", client_min_messages="warning") as conn:
-            await conn.execute(self._sql("install"))
-            await conn.execute(load("fence")["record"], self._facts() | {"state": state})
-            done = await self._guarded(conn)
+            async with conn.transaction():
+                await owner.hold(conn, self._identity)
+                await conn.execute(self._sql("install"))
+                await conn.execute(load("fence")["record"], self._facts() | {"state": state})
+            done = await self._guards(conn)
             for table, column in tables:
-                if table not in done:
+                if not done.get(table):
                     await self._guard(conn, table, column, say)
+        self._guarded_tables = frozenset(table for table, _ in tables)
 
     async def remove(self, say: Say) -> None:
-        """Guards, functions and row; nothing happens if they are gone."""
+        """Guards, functions and row; nothing happens if they are gone.
+
+        At a place that the tenant had left before this migration, and did not come back to, the earlier
+        tombstone stands again instead."""
         async with self._database.connect("guard", client_min_messages="warning") as conn:
-            row = await (await conn.execute("SELECT to_regclass('mover.fence') IS NOT NULL")).fetchone()
-            if row is None or not row[0] or await self._belongs_to_another(conn):
+            found = await (await conn.execute("SELECT to_regclass('mover.fence') IS NOT NULL")).fetchone()
+            if found is None or not found[0]:
                 return
-            for table in await self._guarded(conn):
+            row = await self._row(conn)
+            if row is not None:
+                migration, state, tombstone = row
+                if migration != self._identity.migration:
+                    return  # a later migration has taken the place over
+                if tombstone and state != "open":
+                    return await self._change_on(conn, ("closed", "aborted"), "moved")
+            for table in await self._guards(conn):
                 await self._unguard(conn, table, say)
             async with conn.transaction():
+                await owner.hold(conn, self._identity)
                 await conn.execute(self._sql("uninstall"))
                 await conn.execute("DELETE FROM mover.fence WHERE name = %s", (self.name,))
 
     async def get_ready(self) -> None:
         """Open the holding session: it ends by itself, and its lock with it, should this process freeze."""
-        await self._release()
+        await self.let_go()
         hold = f"{self._hold_s * 1000:.0f}ms"
         self._hold = AsyncExitStack()
         self._holder = await self._hold.enter_async_context(
             self._database.connect(
-                "hold",
+                _HOLD,
                 synchronous_commit="on",
                 idle_session_timeout=hold,
                 idle_in_transaction_session_timeout=hold,
             )
         )
+        with translate(self._database.label):
+            guards = await self._guards(self._holder)
+        if missing := sorted(t for t in self._guarded_tables if not guards.get(t)):
+            raise SchemaChanged(
+                f"{self._database.label}: the guard is gone or disabled on {', '.join(map(str, missing))}",
+                hint="Somebody changed its triggers; resume, and they are made again.",
+            )
 
     async def close(self, lock_timeout_s: float) -> str:
-        old = [pid for pid, age in await self._writers() if age > MAX_HOLDER_AGE_S]
-        if old:
-            raise CutoverAborted(
-                f"transactions that wrote the tenant's rows are open: pids {', '.join(map(str, old))}",
-                hint="They are waited for outside the fence; the cutover is tried again.",
-            )
+        if self._holder is None:
+            raise CutoverAborted("the holding session is not open")
         mark = uuid4().hex
         try:
-            await self._close(self._ready_holder(), lock_timeout_s, mark)
+            with translate(self._database.label):
+                await self._refuse_old_holders(self._holder)
+                await self._close(self._holder, lock_timeout_s, mark)
         except LockNotAvailable as error:
-            await self._release()
             raise CutoverAborted("writers did not end in time; nothing happened") from error
+        except (CutoverAborted, LeaseLost, WrongState):
+            raise
         except BaseException:
-            await self._release()
+            self._stray_pid = self._holder.info.backend_pid  # it may still be about to close
             raise
         return mark
 
-    async def _close(
-        self, conn: psycopg.AsyncConnection[tuple[Any, ...]], lock_timeout_s: float, mark: str
-    ) -> None:
-        with translate(self._database.label):
-            timeout = sql.Literal(f"{lock_timeout_s * 1000:.0f}ms")
-            await conn.execute(sql.SQL("SET lock_timeout = {}").format(timeout))
-            await conn.execute("SELECT pg_advisory_lock(%s)", (self.key,))
-            # The transaction takes the lock itself as well: should the session die before it
-            # commits, no writer slips in behind the mark.
-            async with conn.pipeline(), conn.transaction():
-                await conn.execute("SELECT pg_advisory_xact_lock(%s)", (self.key,))
-                cursor = await self._transition(conn, ("open",), "closed", mark)
-            if await cursor.fetchone() is None:
-                raise LeaseLost("the fence is not ours to close")
+    async def _refuse_old_holders(self, conn: Connection) -> None:
+        cursor = await conn.execute(load("fence")["holders"], {"key": self.key})
+        old = [who for who, age in await cursor.fetchall() if who and float(age or 0) > MAX_HOLDER_AGE_S]
+        if old:
+            raise CutoverAborted(
+                f"transactions that wrote the tenant's rows are open: {', '.join(old)}",
+                hint="They are waited for outside the fence; the cutover is tried again.",
+            )
+
+    async def _close(self, conn: Connection, lock_timeout_s: float, mark: str) -> None:
+        timeout = f"{lock_timeout_s * 1000:.0f}ms"
+        await conn.execute("SELECT set_config('lock_timeout', %s, false)", (timeout,))
+        # A round trip of its own: should we freeze while waiting, the session ends with the fence open.
+        await conn.execute("SELECT pg_advisory_lock(%s)", (self.key,))
+        # The transaction takes the lock itself as well: should the session die before it
+        # commits, no writer slips in behind the mark.
+        async with conn.pipeline(), conn.transaction():
+            await conn.execute("SELECT pg_advisory_xact_lock(%s)", (self.key,))
+            cursor = await self._transition(conn, ("open",), "closed", mark)
+        if await cursor.fetchone() is None:
+            await self._explain(conn, ("open",))
 
     async def reopen(self) -> None:
         await self._change(("closed", "aborted"), "open")
-        await self._release()
 
     async def open(self) -> None:
         await self._change(("closed", "aborted"), "open")
 
     async def move_away(self) -> None:
         await self._change(("closed",), "moved")
-        await self._release()
 
     async def abort(self) -> bool:
         """Nobody may open this place any more; False when it is open already."""
@@ -140,8 +186,7 @@ class PgFence:
 
     async def state(self) -> str:
         async with self._database.connect("fence") as conn:
-            row = await (await conn.execute(load("fence")["state"], self._facts())).fetchone()
-            return str(row[0]) if row else "absent"
+            return await self._state_on(conn)
 
     async def refused_writes(self) -> int:
         """How many writes the guard has refused since it was installed."""
@@ -150,50 +195,69 @@ class PgFence:
             row = await (await conn.execute(statement.format(self._object("refused")))).fetchone()
             return int(row[0]) if row else 0
 
+    async def let_go(self) -> None:
+        """End the holding session, and with it the lock; the state stays."""
+        hold, self._hold, self._holder = self._hold, None, None
+        if hold is not None:
+            await hold.aclose()
+
     async def _change(self, old: tuple[str, ...], new: str) -> None:
-        """On the holding session while it lives, else on a new one. Raises WrongState."""
-        if self._holder is not None:
+        """On the holding session while it lives, else on a new one. Raises WrongState, LeaseLost."""
+        if self._holder is not None and self._stray_pid is None:
+            pid = self._holder.info.backend_pid
             try:
                 with translate(self._database.label):
                     return await self._change_on(self._holder, old, new)
             except MoverError as error:
-                if isinstance(error, WrongState):
+                if error.remedy is not Remedy.RETRY:
                     raise
-                await self._release()  # it died; the state in the database is what counts
+                self._stray_pid = pid  # it died; the state in the database is what counts
+        await self.let_go()
         async with self._database.connect("fence", synchronous_commit="on") as conn:
+            await self._end_stray(conn)
             await self._change_on(conn, old, new)
 
-    async def _change_on(
-        self, conn: psycopg.AsyncConnection[tuple[Any, ...]], old: tuple[str, ...], new: str
-    ) -> None:
-        cursor = await self._transition(conn, old, new)
+    async def _change_on(self, conn: Connection, old: tuple[str, ...], new: str) -> None:
+        """Repeatable, so `new` counts as an old state: an earlier try may have got there.
+
+        A session that holds the tenant's writers lets them go in the same round trip: the sequence tells
+        them the new state before it is durable, which is harmless whatever becomes of the commit."""
+        async with conn.pipeline():
+            cursor = await self._transition(conn, (*old, new), new)
+            if conn is self._holder:
+                await conn.execute("SELECT pg_advisory_unlock_all()")
         if await cursor.fetchone() is None:
-            row = await (await conn.execute(load("fence")["state"], self._facts())).fetchone()
-            found = str(row[0]) if row else "absent"
-            if found != new:  # otherwise an earlier try of ours got there
-                raise WrongState(f"{self._database.label}: the fence is {found}, not {' or '.join(old)}")
+            await self._explain(conn, old)
+
+    async def _explain(self, conn: Connection, old: tuple[str, ...]) -> None:
+        """Raises what a change that came to nothing means."""
+        await owner.hold(conn, self._identity)
+        found = await self._state_on(conn)
+        raise WrongState(f"{self._database.label}: the fence is {found}, not {' or '.join(old)}")
+
+    async def _end_stray(self, conn: Connection) -> None:
+        """A session that we lost in the middle may still be about to close the fence: end it first."""
+        if self._stray_pid is None:
+            return
+        facts = {"pid": self._stray_pid, "application_name": self._identity.application_name(_HOLD)}
+        row = await (await conn.execute(load("fence")["end_session"], facts)).fetchone()
+        if row is not None and not row[0]:
+            raise Unreachable(f"{self._database.label}: the lost holding session does not end")
+        self._stray_pid = None
 
     async def _transition(
-        self, conn: psycopg.AsyncConnection[tuple[Any, ...]], old: tuple[str, ...], new: str, mark: str = ""
+        self, conn: Connection, old: tuple[str, ...], new: str, mark: str = ""
     ) -> psycopg.AsyncCursor[tuple[Any, ...]]:
         facts = self._facts() | {"old": list(old), "new": new, "mark": mark}
         return await conn.execute(load("fence")["transition"], facts)
 
-    def _ready_holder(self) -> psycopg.AsyncConnection[tuple[Any, ...]]:
-        if self._holder is None:
-            raise CutoverAborted("the holding session is not open")
-        return self._holder
+    async def _row(self, conn: Connection) -> tuple[Any, ...] | None:
+        """(migration, state, tombstone), whoever's the place is now."""
+        return await (await conn.execute(load("fence")["row"], {"name": self.name})).fetchone()
 
-    async def _writers(self) -> list[tuple[int, float]]:
-        """Open transactions that have written the tenant's rows: (backend pid, age in seconds)."""
-        cursor = await self._ready_holder().execute(load("fence")["holders"], {"key": self.key})
-        return [(int(pid), float(age or 0)) for pid, _, age in await cursor.fetchall()]
-
-    async def _release(self) -> None:
-        """End the holding session, and with it the lock."""
-        hold, self._hold, self._holder = self._hold, None, None
-        if hold is not None:
-            await hold.aclose()
+    async def _state_on(self, conn: Connection) -> str:
+        row = await self._row(conn)
+        return str(row[1]) if row and row[0] == self._identity.migration else "absent"
 
     def _facts(self) -> dict[str, object]:
         return {
@@ -217,25 +281,18 @@ class PgFence:
         triggers = {f"{op}_trigger": sql.Identifier(f"mover_guard_{self.name}_{op}") for op in _DEFINITIONS}
         constants = {
             "key": sql.Literal(self.key),
-            "wait_ms": sql.Literal(GUARD_WAIT_MS),
+            "wait_ms": sql.Literal(max(GUARD_WAIT_MS, round(self._hold_s * 1000 * GUARD_WAIT_BUDGETS))),
             "tenant": sql.SQL(str(self._tenant)),
         }
         return sql.SQL(load("fence")[query]).format(**(names | triggers | constants | more))
 
-    async def _belongs_to_another(self, conn: psycopg.AsyncConnection[tuple[Any, ...]]) -> bool:
-        """Whether a later migration took this place's fence over."""
-        cursor = await conn.execute("SELECT migration FROM mover.fence WHERE name = %s", (self.name,))
-        row = await cursor.fetchone()
-        return row is not None and row[0] != self._identity.migration
+    async def _guards(self, conn: Connection) -> dict[TableRef, bool]:
+        """The tables that carry our triggers, and whether all of them are there and always fire."""
+        triggers = [f"mover_guard_{self.name}_{op}" for op in _DEFINITIONS]
+        cursor = await conn.execute(load("fence")["guarded"], {"triggers": triggers})
+        return {TableRef(schema, name): whole for schema, name, whole in await cursor.fetchall()}
 
-    async def _guarded(self, conn: psycopg.AsyncConnection[tuple[Any, ...]]) -> set[TableRef]:
-        trigger = {"trigger": f"mover_guard_{self.name}_insert"}
-        cursor = await conn.execute(load("fence")["guarded"], trigger)
-        return {TableRef(schema, name) for schema, name in await cursor.fetchall()}
-
-    async def _guard(
-        self, conn: psycopg.AsyncConnection[tuple[Any, ...]], table: TableRef, column: str, say: Say
-    ) -> None:
+    async def _guard(self, conn: Connection, table: TableRef, column: str, say: Say) -> None:
         statement = self._sql(
             "guard_table",
             table=sql.Identifier(table.schema, table.name),
@@ -244,30 +301,19 @@ class PgFence:
         )
         await self._under_lock_timeout(conn, statement, table, say)
 
-    async def _unguard(
-        self, conn: psycopg.AsyncConnection[tuple[Any, ...]], table: TableRef, say: Say
-    ) -> None:
+    async def _unguard(self, conn: Connection, table: TableRef, say: Say) -> None:
         statement = self._sql("unguard_table", table=sql.Identifier(table.schema, table.name))
         await self._under_lock_timeout(conn, statement, table, say)
 
     async def _under_lock_timeout(
-        self,
-        conn: psycopg.AsyncConnection[tuple[Any, ...]],
-        statement: sql.Composed,
-        table: TableRef,
-        say: Say,
+        self, conn: Connection, statement: sql.Composed, table: TableRef, say: Say
     ) -> None:
         async def attempt() -> None:
             async with conn.transaction():
+                await owner.hold(conn, self._identity)
                 await conn.execute(statement)
 
         async def on_wait(number: int) -> None:
             await say(f"guard: waiting for a lock on {table}, try {number}")
 
         await with_lock_timeout(conn, attempt, on_wait=on_wait)
-
-
-class WrongState(MoverError):
-    """A compare-and-swap on the fence found another state."""
-
-    code = "wrong_state"

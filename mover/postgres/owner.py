@@ -22,10 +22,12 @@ INSERT INTO mover.owner AS o (migration, epoch) VALUES (%s, %s)
 ON CONFLICT (migration) DO UPDATE SET epoch = excluded.epoch WHERE o.epoch <= excluded.epoch
 RETURNING epoch
 """
+# Only those of older epochs: a zombie that comes here must not end its successor's.
 _END_OLD_BACKENDS = """
 SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
- WHERE starts_with(application_name, %s) AND NOT starts_with(application_name, %s)
-   AND pid <> pg_backend_pid()
+ WHERE starts_with(application_name, %(prefix)s) AND pid <> pg_backend_pid()
+   AND CASE WHEN split_part(application_name, '/', 3) ~ '^[0-9]+$'
+            THEN split_part(application_name, '/', 3)::bigint < %(epoch)s END
 """
 
 
@@ -45,7 +47,7 @@ async def hold_bulk(conn: asyncpg.Connection[Any], identity: Identity) -> None:
 async def take(database: Database, identity: Identity) -> None:
     """End the old owner's backends and raise the epoch. Raises LeaseLost when a newer owner was here."""
     async with database.connect("owner", lock_timeout="5s") as conn:
-        await conn.execute(_END_OLD_BACKENDS, (identity.prefix, f"{identity.prefix}{identity.epoch}/"))
+        await conn.execute(_END_OLD_BACKENDS, {"prefix": identity.prefix, "epoch": identity.epoch})
         row = await (await conn.execute(_TAKE, (identity.migration, identity.epoch))).fetchone()
         if row is None:
             raise LeaseLost("another daemon owns this migration now")

@@ -19,7 +19,7 @@ from mover.core.secret import Secret
 from mover.core.states import PHASES, Phase, Status, check_status
 from mover.core.tables import Plan
 from mover.postgres.platform_pool import Connection, PlatformPool
-from mover.postgres.rows import COLUMNS, jsonb, migration_of, progress_document, step_of
+from mover.postgres.rows import COLUMNS, jsonb, migration_of, progress_document, progress_of, step_of
 from mover.sql import load
 
 _QUERIES = load("platform")
@@ -109,6 +109,18 @@ class ClaimStore:
 
     async def event(self, claim: Claim, message: str, level: str = "info", **facts: object) -> None:
         await self._owned("append_event", claim, message=message, level=level, facts=jsonb(facts))
+
+    async def tombstone(self, claim: Claim, refused: int, check_again_seconds: float) -> float:
+        row = await self._owned(
+            "tombstone", claim, refused=refused, check_again_seconds=float(check_again_seconds)
+        )
+        return float(row["quiet_seconds"])
+
+    async def end_tombstone(self, claim: Claim) -> None:
+        await self._owned("end_tombstone", claim)
+
+    async def load_progress(self, claim: Claim) -> Progress:
+        return progress_of((await self._owned("load_progress", claim))["progress"])
 
     async def save_progress(self, claim: Claim, progress: Progress) -> None:
         await self._owned("save_progress", claim, progress=progress_document(progress))

@@ -1,26 +1,58 @@
 """Sequences of the moved schemas: the target's are set beyond every value the source has given out.
 
-Implements cutover.ports.Sequences.
+Implements cutover.ports.Sequences. A sequence is read as it stands (`last_value`, `is_called`): one that
+was set by `setval(…, false)` has given out everything before that value, though it was never called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
 from psycopg import sql
 
+from mover.core.errors import first_error
 from mover.core.ids import TableRef
 from mover.core.tables import SequenceRef, Shape
 from mover.postgres.connect import Database
 from mover.postgres.errors import translate
 
-# Room on a shared target for the values that the source gives out until the switch.
+# Room on a shared target for the values that the source gives out until the switch, of what is left.
 GAP = 10_000
+GAP_SHARE = 100
 
 Connection = psycopg.AsyncConnection[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a sequence stands, and where it may go."""
+
+    last_value: int
+    is_called: bool
+    increment: int
+    bound: int  # the last value that it may give out
+
+    @property
+    def next(self) -> int:
+        return self.last_value + self.increment if self.is_called else self.last_value
+
+    def is_behind(self, other: Position) -> bool:
+        """Whether it could give out a value that `other` has given out."""
+        return self.next < other.next if other.increment > 0 else self.next > other.next
+
+    def ahead(self, gap: int) -> Position:
+        """The same, `gap` values later, or as many as there is room for."""
+        room = abs(self.bound - self.last_value) // abs(self.increment) // GAP_SHARE
+        steps = self.increment * min(gap, room)
+        return Position(self.last_value + steps, self.is_called, self.increment, self.bound)
+
+
+Positions = Mapping[SequenceRef, Position]
 
 
 class PgSequences:
@@ -32,19 +64,19 @@ class PgSequences:
         self._connections: tuple[Connection, Connection] | None = None
 
     async def get_ready(self) -> None:
+        """On a target with other tenants also leave a gap, so that nothing is locked under the fence."""
         await self.close()
         source = await self._open.enter_async_context(self._source.connect("sequences"))
-        target = await self._open.enter_async_context(self._target.connect("sequences", lock_timeout="200ms"))
+        target = await self._open.enter_async_context(
+            self._target.connect("sequences", lock_timeout="200ms", synchronous_commit="on")
+        )
         self._connections = source, target
+        if not self._shape.fresh:
+            await self._carry(GAP)
 
     async def close(self) -> None:
         self._connections = None
         await self._open.aclose()
-
-    async def reserve(self) -> None:
-        """Before the fence, on a target with other tenants: a gap, so that the fence need not lock."""
-        if not self._shape.fresh:
-            await self._carry(GAP)
 
     async def carry_over(self) -> None:
         await self._carry(0)
@@ -56,74 +88,77 @@ class PgSequences:
             await self.get_ready()
         assert self._connections is not None
         source, target = self._connections
-        with translate(self._target.label):
-            given = await _positions(source, [s.source for s in self._shape.sequences])
-            held = await _positions(target, [s.target for s in self._shape.sequences])
-            behind = [
-                (sequence, position[0] + gap * position[1], position[1])
-                for sequence in self._shape.sequences
-                if (position := given.get(sequence.source))
-                and _is_behind(held.get(sequence.target), position)
-            ]
-            if self._shape.fresh and behind:
-                await _set_all(target, behind)
-            for sequence, value, increment in [] if self._shape.fresh else behind:
-                await _raise_shared(target, sequence, value, increment)
+        with translate(self._target.label), first_error():
+            async with asyncio.TaskGroup() as tasks:
+                names = self._shape.sequences
+                reading_given = tasks.create_task(_positions(source, {s: s.source for s in names}))
+                reading_held = tasks.create_task(_positions(target, {s: s.target for s in names}))
+            given, held = reading_given.result(), reading_held.result()
+            if self._shape.fresh:
+                await _set_all(target, {s: p for s, p in given.items() if held[s] != p})
+                return
+            for sequence, position in given.items():
+                if held[sequence].is_behind(position.ahead(gap // 2)):
+                    await _raise_shared(target, sequence.target, position.ahead(gap))
 
 
-def _is_behind(held: tuple[int, int] | None, given: tuple[int, int]) -> bool:
-    """Whether the target could give out a value that the source has given."""
-    if held is None:
-        return True
-    return held[0] < given[0] if given[1] > 0 else held[0] > given[0]
+async def _positions(conn: Connection, names: Mapping[SequenceRef, TableRef]) -> dict[SequenceRef, Position]:
+    """One statement, however many sequences."""
+    one = sql.SQL(
+        "SELECT {number}, s.last_value, s.is_called, d.seqincrement,"
+        " CASE WHEN d.seqincrement > 0 THEN d.seqmax ELSE d.seqmin END"
+        " FROM {sequence} AS s JOIN pg_sequence AS d ON d.seqrelid = s.tableoid"
+    )
+    found = await conn.execute(
+        sql.SQL(" UNION ALL ").join(
+            one.format(number=sql.Literal(number), sequence=sql.Identifier(name.schema, name.name))
+            for number, name in enumerate(names.values())
+        )
+    )
+    order = list(names)
+    return {order[number]: Position(*rest) for number, *rest in await found.fetchall()}
 
 
-async def _positions(conn: Connection, sequences: Sequence[TableRef]) -> dict[TableRef, tuple[int, int]]:
-    """(last value given out, increment) by name; none for a sequence that was never used."""
-    names = {"schemas": [s.schema for s in sequences], "names": [s.name for s in sequences]}
-    rows = await (await conn.execute(_POSITIONS, names)).fetchall()
-    return {TableRef(schema, name): (int(last), int(step)) for schema, name, last, step in rows}
-
-
-async def _set_all(conn: Connection, values: Sequence[tuple[SequenceRef, int, int]]) -> None:
+async def _set_all(conn: Connection, positions: Positions) -> None:
     """On a target that only we write to: one statement."""
+    if not positions:
+        return
     await conn.execute(
         _SET_ALL,
         {
-            "schemas": [s.target.schema for s, _, _ in values],
-            "names": [s.target.name for s, _, _ in values],
-            "values": [value for _, value, _ in values],
+            "schemas": [s.target.schema for s in positions],
+            "names": [s.target.name for s in positions],
+            "values": [p.last_value for p in positions.values()],
+            "called": [p.is_called for p in positions.values()],
         },
     )
 
 
-async def _raise_shared(conn: Connection, sequence: SequenceRef, value: int, increment: int) -> None:
+async def _raise_shared(conn: Connection, sequence: TableRef, position: Position) -> None:
     """setval(greatest(…)) alone hands out duplicates beside other tenants' nextval: lock first.
 
     ALTER SEQUENCE with the increment it has changes nothing and holds SHARE ROW EXCLUSIVE, which
-    makes nextval wait until the commit."""
-    name = sql.Identifier(sequence.target.schema, sequence.target.name)
-    extreme = sql.SQL("greatest" if increment > 0 else "least")
+    makes nextval wait until the commit; it also makes other sessions forget the values they have cached."""
+    name = sql.Identifier(sequence.schema, sequence.name)
+    increment = sql.Literal(position.increment)
+    extreme = sql.SQL("greatest" if position.increment > 0 else "least")
     async with conn.transaction():
-        await conn.execute(sql.SQL("ALTER SEQUENCE {} INCREMENT BY {}").format(name, sql.Literal(increment)))
+        await conn.execute(sql.SQL("ALTER SEQUENCE {} INCREMENT BY {}").format(name, increment))
         await conn.execute(
-            sql.SQL("SELECT setval({}::regclass, {}(last_value, {})) FROM {}").format(
-                sql.Literal(name.as_string(None)), extreme, sql.Literal(value), name
+            sql.SQL("SELECT setval({}::regclass, {}(last_value, {}), is_called OR {}) FROM {}").format(
+                sql.Literal(name.as_string(None)),
+                extreme,
+                sql.Literal(position.last_value),
+                sql.Literal(position.is_called),
+                name,
             )
         )
 
 
-_POSITIONS = """
-SELECT n.nspname, c.relname, pg_sequence_last_value(s.seqrelid), s.seqincrement
-  FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted (schema, name)
-  JOIN pg_namespace n ON n.nspname = wanted.schema
-  JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name AND c.relkind = 'S'
-  JOIN pg_sequence s ON s.seqrelid = c.oid
- WHERE pg_sequence_last_value(s.seqrelid) IS NOT NULL
-"""
 _SET_ALL = """
-SELECT setval(c.oid, wanted.value)
-  FROM unnest(%(schemas)s::text[], %(names)s::text[], %(values)s::bigint[]) AS wanted (schema, name, value)
+SELECT setval(c.oid, wanted.value, wanted.called)
+  FROM unnest(%(schemas)s::text[], %(names)s::text[], %(values)s::bigint[], %(called)s::boolean[])
+       AS wanted (schema, name, value, called)
   JOIN pg_namespace n ON n.nspname = wanted.schema
   JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name AND c.relkind = 'S'
 """

@@ -159,7 +159,14 @@ class PgSite:
             await agent.forget(database, self.identity.migration)
 
     async def refused_writes(self) -> int:
+        if await self.source_fence.state() == "absent":  # gone, or a later migration's
+            return 0
         return await self.source_fence.refused_writes()
+
+    async def remove_tombstone(self, shape: Shape, say: Say) -> None:
+        await agent.install(self.source, self.identity)  # to hold the epoch while we remove it
+        await self.source_fence.remove(say)
+        await agent.forget(self.source, self.identity.migration)
 
     async def _ddl(self, shape: Shape) -> clone.ClonedDdl:
         return await clone.read_ddl(self.source, self.target, shape.schemas)

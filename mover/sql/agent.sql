@@ -31,7 +31,8 @@ CREATE TABLE IF NOT EXISTS mover.fence (
     vertical text NOT NULL,
     state text NOT NULL CHECK (state IN ('open', 'closed', 'aborted', 'moved')),
     epoch bigint NOT NULL,
-    migration uuid NOT NULL
+    migration uuid NOT NULL,
+    tombstone boolean NOT NULL DEFAULT false
 );
 
 -- name: forget

@@ -28,11 +28,9 @@ DECLARE
     state bigint;
     deadline timestamptz;
 BEGIN
-    IF current_setting('mover.tenant', true) = '{tenant}' THEN
-        RETURN NULL;  -- the mover's own session
-    END IF;
     -- The quick way needs no subtransaction; it fails when the fence is being closed or is held.
     IF NOT pg_try_advisory_xact_lock_shared({key}) THEN
+        deadline := clock_timestamp() + interval '1 ms' * {wait_ms};
         PERFORM mover.{wait_function}();
     END IF;
     LOOP
@@ -82,15 +80,20 @@ $truncate$;
 
 -- name: guard_table
 -- AFTER ROW, one trigger per operation: a BEFORE trigger costs other tenants WAL even when WHEN is false.
--- ENABLE ALWAYS: session_replication_role = replica must not pass. Locks: SHARE ROW EXCLUSIVE on the
--- table, under our lock timeout. The caller asks the catalog first whether it is done.
-CREATE TRIGGER {insert_trigger} AFTER INSERT ON {table} FOR EACH ROW
-    WHEN (NEW.{column} = {tenant}) EXECUTE FUNCTION mover.{guard_function}();
-CREATE TRIGGER {update_trigger} AFTER UPDATE ON {table} FOR EACH ROW
-    WHEN (OLD.{column} = {tenant} OR NEW.{column} = {tenant}) EXECUTE FUNCTION mover.{guard_function}();
-CREATE TRIGGER {delete_trigger} AFTER DELETE ON {table} FOR EACH ROW
-    WHEN (OLD.{column} = {tenant}) EXECUTE FUNCTION mover.{guard_function}();
-CREATE TRIGGER {truncate_trigger} AFTER TRUNCATE ON {table} FOR EACH STATEMENT
+-- ENABLE ALWAYS: session_replication_role = replica must not pass. The mover's own sessions are told apart
+-- in WHEN, so that no event is queued for the rows they load. Locks: SHARE ROW EXCLUSIVE on the table,
+-- under our lock timeout. Repeatable; the caller asks the catalog first, so as not to take the lock.
+CREATE OR REPLACE TRIGGER {insert_trigger} AFTER INSERT ON {table} FOR EACH ROW
+    WHEN (NEW.{column} = {tenant} AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant})
+    EXECUTE FUNCTION mover.{guard_function}();
+CREATE OR REPLACE TRIGGER {update_trigger} AFTER UPDATE ON {table} FOR EACH ROW
+    WHEN ((OLD.{column} = {tenant} OR NEW.{column} = {tenant})
+          AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant})
+    EXECUTE FUNCTION mover.{guard_function}();
+CREATE OR REPLACE TRIGGER {delete_trigger} AFTER DELETE ON {table} FOR EACH ROW
+    WHEN (OLD.{column} = {tenant} AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant})
+    EXECUTE FUNCTION mover.{guard_function}();
+CREATE OR REPLACE TRIGGER {truncate_trigger} AFTER TRUNCATE ON {table} FOR EACH STATEMENT
     EXECUTE FUNCTION mover.{truncate_function}();
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {insert_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {update_trigger};
@@ -98,10 +101,12 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER {delete_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {truncate_trigger};
 
 -- name: guarded
--- The tables that carry the insert guard of this place. Reads the catalog only.
-SELECT n.nspname, c.relname FROM pg_trigger t
+-- The tables that carry triggers of this place, and whether all are there and always fire. Reads only.
+SELECT n.nspname, c.relname, count(*) = 4 AND bool_and(t.tgenabled = 'A')
+  FROM pg_trigger t
   JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE t.tgname = %(trigger)s AND t.tgparentid = 0
+ WHERE t.tgname = ANY (%(triggers)s) AND t.tgparentid = 0
+ GROUP BY n.nspname, c.relname
 
 -- name: unguard_table
 -- Locks: ACCESS EXCLUSIVE on the table, under our lock timeout; repeatable.
@@ -119,13 +124,16 @@ DROP SEQUENCE IF EXISTS mover.{state_sequence};
 DROP SEQUENCE IF EXISTS mover.{refused_sequence};
 
 -- name: record
--- The place's row, in the state that this migration begins with; taken over from an earlier migration.
--- The tombstone of an earlier departure ends here: the sequence changes with it.
+-- Under the owner's row. The place's row, in the state that this migration begins with; taken over from
+-- an earlier migration, whose tombstone is remembered in case the tenant does not come back after all.
+-- Repeatable: this migration's own state stays, and the sequence is set to it.
 WITH recorded AS (
     INSERT INTO mover.fence AS f (name, tenant, vertical, state, epoch, migration)
     VALUES (%(name)s, %(tenant)s, %(vertical)s, %(state)s, %(epoch)s, %(migration)s)
     ON CONFLICT (name) DO UPDATE
        SET state = CASE WHEN f.migration = excluded.migration THEN f.state ELSE excluded.state END,
+           tombstone = CASE WHEN f.migration = excluded.migration THEN f.tombstone
+                            ELSE f.state = 'moved' END,
            epoch = excluded.epoch, migration = excluded.migration
     RETURNING state
 )
@@ -134,7 +142,10 @@ SELECT setval(%(sequence)s::regclass, array_position('{open,closed,aborted,moved
 
 -- name: transition
 -- One compare-and-swap, at the owner's epoch: no row comes back when the state or the owner is another.
--- The mark, if there is one, stands in the stream where this transaction commits.
+-- The sequence is set under the row's lock, but at once and for good, whatever becomes of the
+-- transaction; a caller who may repeat a change therefore lists the new state among the old ones, which
+-- also waits for an earlier try that is still running. The mark, if there is one, stands in the stream
+-- where this transaction commits.
 WITH own AS (
     SELECT 1 FROM mover.owner WHERE migration = %(migration)s AND epoch = %(epoch)s FOR SHARE
 ), changed AS (
@@ -146,17 +157,25 @@ SELECT setval(%(sequence)s::regclass, array_position('{open,closed,aborted,moved
        CASE WHEN %(mark)s <> '' THEN pg_logical_emit_message(true, 'mover.mark', %(mark)s) END
   FROM changed
 
--- name: state
+-- name: row
 -- Reads only.
-SELECT state FROM mover.fence WHERE name = %(name)s AND migration = %(migration)s
+SELECT migration, state, tombstone FROM mover.fence WHERE name = %(name)s
 
 -- name: holders
--- Who holds the tenant's shared lock, that is: has written and not ended. For people, never a query's text.
-SELECT l.pid, coalesce(nullif(a.application_name, ''), '-'),
-       extract(epoch FROM clock_timestamp() - a.xact_start)::float8
-  FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+-- Who holds the tenant's shared lock, that is: has written and not ended, with the transaction's age in
+-- seconds. A prepared transaction holds it without a backend. For people, never a query's text.
+SELECT coalesce('pid ' || l.pid, 'prepared transaction ' || p.transaction),
+       extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared))::float8 AS age
+  FROM pg_locks l
+  LEFT JOIN pg_stat_activity a USING (pid)
+  LEFT JOIN pg_prepared_xacts p ON l.pid IS NULL AND l.virtualtransaction = '-1/' || p.transaction
  WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
    AND l.classid::bigint = (%(key)s::bigint >> 32) & 4294967295
    AND l.objid::bigint = %(key)s::bigint & 4294967295
- ORDER BY a.xact_start
+ ORDER BY age DESC
+
+-- name: end_session
+-- A holding session of which the owner does not know what it still does; waits until it is gone.
+SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+ WHERE pid = %(pid)s AND application_name = %(application_name)s

@@ -15,7 +15,8 @@ select set_config('synchronous_commit',
 with due as (
     select m.id as due_id
       from platform.tenant_migrations m
-     where m.status in ('queued', 'in_progress', 'monitoring', 'rolling_back')
+     where (m.status in ('queued', 'in_progress', 'monitoring', 'rolling_back')
+            or m.status = 'completed' and m.tombstone_check_at <= now())
        and (m.status <> 'queued' or m.scheduled_at is null or m.scheduled_at <= now())
        and (m.lease_until is null or m.lease_until <= now())
        and (m.not_before is null or m.not_before <= now())
@@ -131,6 +132,27 @@ returning 1
 -- Runs under lock_migration, hence in order (see append_event).
 insert into platform.migration_events (migration_id, level, message, facts)
 values (%(id)s, 'info', %(message)s, %(facts)s)
+
+-- name: tombstone
+-- Locks the migration's row. The quiet time begins anew when the number of refused writes has changed,
+-- so repeating it changes nothing but the time of the next check.
+update platform.tenant_migrations
+   set tombstone_since = case when tombstone_refused is distinct from %(refused)s then now()
+                              else coalesce(tombstone_since, now()) end,
+       tombstone_refused = %(refused)s,
+       tombstone_check_at = now() + make_interval(secs => %(check_again_seconds)s)
+ where id = %(id)s and epoch = %(epoch)s
+returning extract(epoch from now() - tombstone_since)::float8 as quiet_seconds
+
+-- name: end_tombstone
+-- Locks the migration's row. Repeatable.
+update platform.tenant_migrations set tombstone_check_at = null
+ where id = %(id)s and epoch = %(epoch)s
+returning id
+
+-- name: load_progress
+-- FOR SHARE on the migration's row. Reads only.
+select progress from platform.tenant_migrations where id = %(id)s and epoch = %(epoch)s for share
 
 -- name: save_progress
 -- Locks the migration's row. Sets a value, so it may be repeated.

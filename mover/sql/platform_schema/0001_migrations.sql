@@ -33,6 +33,10 @@ create table platform.tenant_migrations (
     plan            jsonb,
     notes           jsonb not null default '{}',
     evidence        jsonb,
+    -- The place that the tenant left keeps refusing writes until nobody has tried for long enough.
+    tombstone_check_at timestamptz,  -- null: there is none (any more)
+    tombstone_since    timestamptz,  -- the last refused write that was noticed, or the completion
+    tombstone_refused  bigint,
     check ((status = 'monitoring') <= (switched_at is not null))
 ) with (fillfactor = 60);  -- heartbeats and progress rewrite the row about once a second
 
@@ -46,6 +50,9 @@ create unique index tenant_migrations_one_live on platform.tenant_migrations (te
 
 create index tenant_migrations_claimable on platform.tenant_migrations (priority desc, created_at, id)
     where status in ('queued', 'in_progress', 'monitoring', 'rolling_back');
+
+create index tenant_migrations_tombstones on platform.tenant_migrations (tombstone_check_at)
+    where status = 'completed';
 
 create index tenant_migrations_newest on platform.tenant_migrations (created_at desc, id);
 

@@ -1,0 +1,119 @@
+"""The fence's promise: nothing of the tenant commits behind the mark, whatever its writers do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from mover.postgres import fence
+from tests.support.fencing import (
+    OTHER,
+    STYLES,
+    TENANT,
+    Fenced,
+    Ledger,
+    all_held,
+    fenced,
+    insert,
+    leave,
+    on_item,
+    open_transactions,
+    replace_guard,
+    replica,
+)
+
+VERSIONS = ("pg16", "pg18")
+
+
+@pytest.fixture(params=VERSIONS)
+def url(request, make_database, monkeypatch) -> str:
+    # Writers are opened one after the other here, on a machine that may be slow.
+    monkeypatch.setattr(fence, "MAX_HOLDER_AGE_S", 60)
+    return make_database(request.getfixturevalue(request.param))
+
+
+def reads_the_row(world: Fenced) -> None:
+    replace_guard(
+        world,
+        f"SELECT last_value INTO state FROM mover.state_{world.fence.name}",
+        "SELECT array_position('{open,closed,aborted,moved}'::text[], f.state) INTO state"
+        f" FROM mover.fence f WHERE name = '{world.fence.name}'",
+    )
+
+
+def takes_no_lock(world: Fenced) -> None:
+    replace_guard(world, f"NOT pg_try_advisory_xact_lock_shared('{world.fence.key}')", "false")
+
+
+def sleeps_on_replicas(world: Fenced) -> None:
+    on_item(world, "ALTER TABLE app.item ENABLE TRIGGER {insert}")
+
+
+def looks_at_new_only(world: Fenced) -> None:
+    on_item(
+        world,
+        "CREATE OR REPLACE TRIGGER {update} AFTER UPDATE ON app.item FOR EACH ROW"
+        " WHEN (NEW.tenant_id = {tenant}) EXECUTE FUNCTION {guard}();"
+        "ALTER TABLE app.item ENABLE ALWAYS TRIGGER {update}",
+    )
+
+
+async def close_under_writers(world: Fenced, ledger: Ledger, weaken: Callable[[Fenced], None] | None) -> str:
+    """close -> move_away while writers of all kinds are at work; the mark."""
+    async with (
+        asyncio.TaskGroup() as busy,
+        open_transactions(world, STYLES, "late", 20) as late,
+        open_transactions(world, (insert, leave), "flying", 1) as flying,
+    ):
+        for number in range(6):
+            busy.create_task(ledger.write_until_refused(world, number))
+        await world.fence.get_ready()
+        if weaken is not None:
+            weaken(world)
+        for transaction in flying:
+            await transaction.write()
+        closing = asyncio.create_task(world.fence.close(lock_timeout_s=5))
+        while not closing.done() and not world.fence_is_waited_for():
+            await asyncio.sleep(0)
+        for transaction in flying:
+            await transaction.commit(ledger)
+        mark = await closing
+        tasks = [busy.create_task(transaction.write_and_commit(ledger)) for transaction in late]
+        await all_held(world, late, tasks)
+        await others_write_freely(world)
+        ledger.at_mark = world.notes()
+        await world.fence.move_away()
+    return mark
+
+
+async def others_write_freely(world: Fenced) -> None:
+    async with world.connect(statement_timeout="1s") as conn:
+        for _ in range(20):
+            await conn.execute("INSERT INTO app.item (tenant_id, note) VALUES (%s, 'other')", (OTHER,))
+
+
+async def leaks(world: Fenced, weaken: Callable[[Fenced], None] | None = None) -> list[str]:
+    """What the cutover let through."""
+    ledger = Ledger()
+    mark = await close_under_writers(world, ledger, weaken)
+    found = [f"acknowledged behind the mark: {token}" for token in ledger.acknowledged - ledger.at_mark]
+    if count := world.changes_behind(mark):
+        found.append(f"{count} changes behind the mark")
+    for error in ledger.refused:
+        assert error.diag.message_primary == f"tenant {TENANT} has moved"
+        assert error.diag.message_hint == "Reload the tenant's route and retry there."
+    assert any(token.startswith("busy") for token in ledger.acknowledged)
+    return found
+
+
+async def test_nothing_of_the_tenant_commits_behind_the_mark(url):
+    async with fenced(url) as world:
+        assert await leaks(world) == []
+
+
+@pytest.mark.parametrize("weaken", [reads_the_row, takes_no_lock, sleeps_on_replicas, looks_at_new_only])
+async def test_a_weakened_guard_is_caught(url, weaken):
+    async with fenced(url) as world:
+        assert await leaks(world, weaken) != [], "the weakened guard went unnoticed: this test proves nothing"
