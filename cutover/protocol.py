@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from cutover.ports import Cache, Decision, Drain, Fence, Proof, Sequences, TargetFence
+from mover.core.crash import reach
 from mover.core.errors import (
     CutoverAborted,
     LockNotAvailable,
@@ -107,7 +108,9 @@ async def recover(ends: Ends) -> bool:
     The new owner's epoch already keeps the old one from deciding or opening. The target's fence is
     the arbiter: aborted first, then nobody can open it behind our back. A target that is open has been
     decided for, whatever the platform remembers: then the route follows it."""
-    if not await ends.target.abort():
+    aborted = await ends.target.abort()
+    reach("recovery.aborted")
+    if not aborted:
         await ends.decision.switch({"recovered": "the target was open"})
     elif not await ends.decision.is_switched():
         await ends.source.reopen()
@@ -124,6 +127,7 @@ async def _close_and_prove(world: World, budget_s: float, watch: Stopwatch) -> M
         async with asyncio.timeout(budget_s):
             async with watch.step("close"):
                 mark = await world.source.close(budget_s * LOCK_SHARE)
+            reach("cutover.closed")
             return await _prove(world, mark, watch)
     except TimeoutError:
         await _undo(world)
@@ -157,7 +161,9 @@ async def _decide(world: World, evidence: Mapping[str, object]) -> None:
     """The point of no return. An error that says "certainly not" undoes; after any other, also a
     cancellation, the source stays closed until `recover` knows."""
     try:
+        reach("cutover.proved")
         await world.decision.switch(evidence)
+        reach("cutover.decided")
     except OutcomeUnknown:
         raise
     except MoverError:
@@ -169,6 +175,7 @@ async def _finish(ends: Ends, watch: Stopwatch) -> None:
     """Decided: open the target, then tell the waiting writers. Tried until it is done."""
     async with watch.step("open"):
         await _until_done(ends, ends.target.open)
+    reach("cutover.opened")
     async with watch.step("release"):
         await _until_done(ends, ends.source.move_away)
 

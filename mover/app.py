@@ -17,7 +17,6 @@ from aiohttp import web
 from mover.cache import RoutingCache
 from mover.config import Config
 from mover.core.errors import MoverError, first_error
-from mover.core.facts import Tenancy
 from mover.core.ids import Epoch, MigrationId, TenantId
 from mover.core.migration import Claim, MigrationRequest, Place, Progress
 from mover.core.tables import Plan
@@ -26,7 +25,7 @@ from mover.engine.move import Limits, Move
 from mover.log import logger
 from mover.metrics import Metrics, MetricsObserver
 from mover.postgres.connect import Identity
-from mover.postgres.site import PgSite
+from mover.postgres.site import BESIDE_WORKERS, PgSite
 from mover.postgres.store import Store, open_store
 from mover.web.app import make_app
 
@@ -116,7 +115,7 @@ class Workshop:
                 m.tenant,
             ),
             limits=Limits(
-                copy_workers=engine.copy_workers,
+                copy_workers=min(engine.copy_workers, engine.max_connections_per_database - BESIDE_WORKERS),
                 wave_seconds=engine.wave_seconds,
                 pause_budget_s=engine.pause_budget_ms / 1000,
                 tombstone_s=engine.tombstone_days * 86_400,
@@ -139,18 +138,14 @@ class Workshop:
         return self.config.place(m.tenant, m.source_vertical, m.source_tier, str(url) if url else None)
 
     def _site(self, tenant: TenantId, identity: Identity, source: Place, target: Place) -> PgSite:
-        tenancy, engine = self.config.tenancy, self.config.engine
+        engine = self.config.engine
         return PgSite(
             tenant=tenant,
             identity=identity,
             source_place=source,
             target_place=target,
-            tenancy=Tenancy(
-                column=tenancy.column,
-                reference_tables=frozenset(map(str, tenancy.reference_tables)),
-                ignore_tables=frozenset(map(str, tenancy.ignore_tables)),
-            ),
-            workers=engine.copy_workers,
+            tenancy=self.config.tenancy.rules,
+            workers=min(engine.copy_workers, engine.max_connections_per_database - BESIDE_WORKERS),
             connections=engine.max_connections_per_database,
             budget_s=engine.pause_budget_ms / 1000,
         )

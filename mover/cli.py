@@ -9,9 +9,11 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,9 +24,11 @@ from rich.console import Console
 from rich.live import Live
 
 from mover import log, terminal
-from mover.config import Config, ConfigError, load_config
-from mover.core.errors import MoverError, Refused
+from mover.config import Config, ConfigError, Tenancy, load_config, postgres_url
+from mover.core import facts
+from mover.core.errors import MoverError, Refused, UnknownTenant
 from mover.core.ids import Tier
+from mover.core.secret import Secret
 from mover.core.states import Status
 from mover.web.client import ApiClient, ApiError, connect
 
@@ -89,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_local(commands)
+    _add_verify(commands)
     _add_migrate(commands)
     _add_remote(commands)
     return parser
@@ -114,6 +119,31 @@ def _add_local(commands: Subparsers) -> None:
     demo.add_argument("--keep", action="store_true", help="leave everything running afterwards")
     demo.add_argument("--json", action="store_true", help="end with one JSON line on standard output")
     demo.set_defaults(command=_demo)
+
+
+def _add_verify(commands: Subparsers) -> None:
+    verify = commands.add_parser("verify", help="compare a tenant's rows in two databases, row by row")
+    verify.add_argument("--tenant", type=UUID, required=True, metavar="UUID")
+    verify.add_argument(
+        "--from", type=_database, required=True, dest="source", metavar="URL", help="URL, or env:VARIABLE"
+    )
+    verify.add_argument("--to", type=_database, required=True, dest="target", metavar="URL", help="the same")
+    which = verify.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--schema",
+        type=_pair,
+        action="append",
+        metavar="A[=B]",
+        help="schema A, which is B on the other side; may be given several times",
+    )
+    which.add_argument(
+        "--vertical", type=_pair, metavar="A[=B]", help="the same for all services of a vertical, by --config"
+    )
+    verify.add_argument("--config", type=Path, metavar="FILE", help="tenant column, exempt tables, services")
+    verify.add_argument("--column", metavar="NAME", help="the tenant column, `tenant_id` by default")
+    verify.add_argument("--keys", action="store_true", help="also show the keys of rows that differ")
+    verify.add_argument("--json", action="store_true", help="print the result as JSON")
+    verify.set_defaults(command=_verify)
 
 
 def _add_migrate(commands: Subparsers) -> None:
@@ -177,14 +207,68 @@ async def _demo(args: argparse.Namespace) -> Exit:
         raise UsageError(
             f"the demo's servers are not installed ({error.name})", hint="pip install 'tenant-mover[demo]'"
         ) from error
-    good = await run(Options(rows=args.rows, tps=args.tps, keep=args.keep, json=args.json))
-    return Exit.DONE if good else Exit.FAILED
+    options = Options(rows=args.rows, tps=args.tps, keep=args.keep, json=args.json)
+    demo = asyncio.ensure_future(run(options))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, demo.cancel)  # as Ctrl-C: clean up
+    try:
+        return Exit.DONE if await demo else Exit.FAILED
+    except asyncio.CancelledError:
+        _err.print("Stopped; the demo's servers and their data are removed.")
+        return Exit.FAILED
 
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError("should be a whole number above 0")
     return int(text)
+
+
+def _database(text: str) -> Secret:
+    """From a variable, a password stays out of the list of processes. No message repeats the text."""
+    name = text.removeprefix("env:")
+    if name != text:
+        text = os.environ.get(name, "")
+        if not text:
+            raise argparse.ArgumentTypeError(f"the environment variable {name} is not set")
+    try:
+        return postgres_url(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not ours or (equals and not theirs):
+        raise argparse.ArgumentTypeError("should be written as A, or as A=B")
+    return ours, theirs or ours
+
+
+async def _verify(args: argparse.Namespace) -> Exit:
+    from mover.compare import Question, compare
+
+    tenancy = load_config(args.config).tenancy if args.config else None
+    rules = tenancy.rules if tenancy else facts.Tenancy("tenant_id")
+    if args.column:
+        rules = replace(rules, column=args.column)
+    schemas = _schemas(args, tenancy)
+    question = Question(args.tenant, args.source, args.target, schemas, rules)
+    with terminal.counting(_err) as counter:
+        comparison = await compare(question, counter)
+    _show(args, comparison.report(with_keys=args.keys), terminal.comparison_view)
+    return Exit.DONE if comparison.equal else Exit.FAILED
+
+
+def _schemas(args: argparse.Namespace, tenancy: Tenancy | None) -> dict[str, str]:
+    """The source's schemas with their counterparts."""
+    pairs: Sequence[tuple[str, str]] = args.schema or ()
+    if args.vertical:
+        if tenancy is None:
+            raise UsageError("--vertical needs --config", hint="Or name the schemas: --schema A=B.")
+        ours, theirs = map(tenancy.schemas, args.vertical)
+        pairs = list(zip(ours, theirs, strict=True))
+    if len(dict(pairs)) < len(pairs) or len({theirs for _, theirs in pairs}) < len(pairs):
+        raise UsageError("a schema is named twice")
+    return dict(pairs)
 
 
 async def _init(args: argparse.Namespace) -> Exit:
@@ -301,7 +385,8 @@ def _exit_of_migration(progress: terminal.Json) -> Exit:
 
 
 def _exit_of(error: ApiError) -> Exit:
-    return Exit.REFUSED if error.status in (401, 403, 409, 422) else Exit.FAILED
+    refused = error.status in (401, 403, 409, 422) or error.kind == UnknownTenant.code
+    return Exit.REFUSED if refused else Exit.FAILED
 
 
 def _show(args: argparse.Namespace, answer: terminal.Json, view: Callable[[terminal.Json], Any]) -> None:

@@ -28,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from mover.core import facts
 from mover.core.errors import InvalidRequest, MoverError, Refused, Where
 from mover.core.ids import TableRef, TenantId, Tier
 from mover.core.migration import Place
@@ -55,7 +56,8 @@ class Role(StrEnum):
     ADMIN = "admin"
 
 
-def _postgres_url(value: object) -> Secret:
+def postgres_url(value: object) -> Secret:
+    """Raises ValueError, which does not repeat the text."""
     text = _text(value)
     if "://" not in text:
         if "=" not in text:
@@ -114,7 +116,7 @@ def _only_static(value: object) -> str:
     return "static"
 
 
-PostgresUrl: TypeAlias = Annotated[Secret, PlainValidator(_postgres_url)]
+PostgresUrl: TypeAlias = Annotated[Secret, PlainValidator(postgres_url)]
 RedisUrl: TypeAlias = Annotated[Secret, PlainValidator(_redis_url)]
 Table: TypeAlias = Annotated[TableRef, PlainValidator(_table)]
 Identifier: TypeAlias = Annotated[str, AfterValidator(_identifier)]
@@ -172,6 +174,15 @@ class Tenancy(_Section):
         return tuple(
             self.schema_pattern.replace("{vertical}", vertical).replace("{service}", service)
             for service in self.services
+        )
+
+    @property
+    def rules(self) -> facts.Tenancy:
+        """As preflight and comparisons apply them."""
+        return facts.Tenancy(
+            column=self.column,
+            reference_tables=frozenset(map(str, self.reference_tables)),
+            ignore_tables=frozenset(map(str, self.ignore_tables)),
         )
 
 

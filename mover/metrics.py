@@ -143,8 +143,9 @@ class MetricsObserver:
     def rows_verified(self, rows: int) -> None:
         self._metrics.verify_rows_total.inc(rows)
 
-    def integrity_failed(self) -> None:
+    def integrity_failed(self, rows: int) -> None:
         self._metrics.integrity_failures_total.inc()
+        self._metrics.verify_mismatches_total.inc(rows)
 
     def cutover(self, outcome: str, pause_ms: float | None) -> None:
         self._metrics.cutover_attempts_total.labels(outcome).inc()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from mover.core.changes import Piece, RowChange
+from mover.core.changes import Change, Piece
 from mover.core.copying import Chunk, CopiedRanges, Key
 from mover.core.ids import Lsn, TableRef, TenantId, Tier
 from mover.core.migration import (
@@ -229,6 +229,10 @@ class ConsistentPoint(Protocol):
         """Stands in the stream behind everything that `snapshot` sees."""
         ...
 
+    def rows(self, table: MovedTable, tenant: TenantId, keys: Collection[Key]) -> AsyncIterator[bytes]:
+        """The tenant's rows with these keys as the snapshot sees them: COPY text of the copied columns."""
+        ...
+
 
 class ChangeSource(Protocol):
     """What following the source needs of it, beside the stream."""
@@ -249,10 +253,20 @@ class ChangeSource(Protocol):
 class ApplyTransaction(Protocol):
     """One open transaction on the target; commits when its context ends without an error."""
 
-    async def apply(self, changes: Sequence[RowChange]) -> None:
+    async def apply(self, changes: Sequence[Change]) -> None:
         """Make the changes, in effect as if in order.
 
         Raises ApplyConflict when they do not fit the rows, SchemaChanged when they do not fit the plan."""
+        ...
+
+    @property
+    def is_missing_rows(self) -> bool:
+        """Whether a change did not carry all of a row that has to be there now. Such a transaction must
+        not commit before `fetch_missing`."""
+        ...
+
+    async def fetch_missing(self, point: ConsistentPoint) -> None:
+        """Read the missing rows from the source; the transaction must be exactly at the point."""
         ...
 
     async def advance(self, applied: Lsn, snapshot: Snapshot | None) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +26,7 @@ _STYLES = {
     "paused": "yellow",
     "rolling_back": "yellow",
 }
+_KINDS = ("missing", "extra", "different")  # missing: on the source only
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -101,6 +104,72 @@ def checks_table(findings: Sequence[Finding]) -> RenderableType:
         mark = Text("problem", "red") if finding.problem else Text("ok", "green")
         table.add_row(mark, escape(finding.subject), escape(finding.problem or finding.detail))
     return table
+
+
+class RowCounter:
+    """A bar of the rows compared so far; an estimate that is too low grows with them."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("comparing", total=None)
+
+    def expect(self, rows: int) -> None:
+        self._bar.update(self._task, total=rows or None)
+
+    def compared(self, rows: int) -> None:
+        self._bar.advance(self._task, rows)
+        task = self._bar.tasks[self._task]
+        if task.total is not None and task.completed > task.total:
+            self._bar.update(self._task, total=task.completed)
+
+
+@contextmanager
+def counting(console: Console) -> Iterator[RowCounter]:
+    """The bar is there on a terminal only, and goes away at the end."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} rows"))
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        yield RowCounter(bar)
+
+
+def comparison_view(report: Json) -> RenderableType:
+    """Each table's rows on both sides, what differs, what was not compared, and the verdict."""
+    tables = _table("table", "source rows", "target rows", "")
+    differing = {mismatch["table"]: mismatch for mismatch in report["mismatches"]}
+    for name, (ours, theirs) in sorted(report["rows"].items()):
+        found = differing.get(name)
+        verdict = Text(_mismatch_text(found), "red") if found else Text("equal", "green")
+        tables.add_row(escape(name), f"{ours:,}", f"{theirs:,}", verdict)
+    for name, reason in sorted(report["incomparable"].items()):
+        tables.add_row(escape(name), "", "", Text(reason, "red"))
+    for name in report["left_out"]:
+        tables.add_row(escape(name), "", "", Text("not compared: not a tenant table", "dim"))
+    keys = [
+        Text(f"{mismatch['table']}, {kind}: {', '.join('/'.join(key) for key in mismatch[kind]['keys'])}")
+        for mismatch in report["mismatches"]
+        for kind in _KINDS
+        if mismatch[kind].get("keys")
+    ]
+    return Group(tables, *keys, _comparison_verdict(report))
+
+
+def _mismatch_text(mismatch: Json) -> str:
+    parts = [f"{mismatch[kind]['count']:,} {kind}" for kind in _KINDS if mismatch[kind]["count"]]
+    if mismatch["columns"]:
+        parts.append(f"in columns {', '.join(mismatch['columns'])}")
+    if mismatch["schema"]:
+        parts.append("different columns")
+    return ", ".join(parts) or "digests differ"
+
+
+def _comparison_verdict(report: Json) -> Text:
+    if not report["equal"]:
+        return Text("The two sides differ.", "red")
+    rows = sum(ours for ours, _ in report["rows"].values())
+    if rows == 0:
+        return Text("Neither side holds a row of this tenant.", "yellow")
+    return Text(f"Equal: {rows:,} rows, root {report['source_root']}", "green")
 
 
 def size(count: float) -> str:

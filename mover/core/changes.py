@@ -86,7 +86,8 @@ class Message:
     content: bytes
 
 
-RowChange: TypeAlias = Insert | Update | Delete | Truncated
+RowChange: TypeAlias = Insert | Update | Delete
+Change: TypeAlias = RowChange | Truncated
 Decoded: TypeAlias = Begin | Commit | Insert | Update | Delete | Message | Relation
 
 
@@ -96,7 +97,7 @@ class Piece:
 
     xid: int
     final_lsn: Lsn
-    changes: list[RowChange]
-    size_bytes: int
+    changes: list[Change]
+    size_bytes: int  # of memory, about
     marks: tuple[str, ...] = ()  # tokens of our own messages inside it
     end_lsn: Lsn | None = None  # set on the last piece: the position after the commit

@@ -6,12 +6,12 @@ be known without the row itself, `NeedsOrder` says so and the batch is replayed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, TypeAlias
 
-from mover.core.changes import UNCHANGED, Delete, Insert, Relation, Row, RowChange, Truncated, Update
+from mover.core.changes import UNCHANGED, Change, Delete, Insert, Relation, Row, RowChange, Truncated, Update
 from mover.core.ids import TableRef
 
 Key: TypeAlias = Any  # one value, or a tuple of values for a composite key
@@ -27,10 +27,24 @@ class NetTable:
 
     relation: Relation
     key_at: tuple[int, ...]  # where the key's columns stand in a row
-    truncated: bool = False  # the tenant's rows went first
     inserts: dict[Key, Row] = field(default_factory=dict)  # the key was absent before the batch
     updates: dict[Key, Row] = field(default_factory=dict)  # present before and after; may hold UNCHANGED
     deletes: dict[Key, Row] = field(default_factory=dict)  # present before; only the key's columns count
+
+
+def parts(changes: Iterable[Change]) -> Iterator[TableRef | list[RowChange]]:
+    """The changes in order, cut where a table was truncated: its tenant's rows go between two parts."""
+    part: list[RowChange] = []
+    for change in changes:
+        if isinstance(change, Truncated):
+            if part:
+                yield part
+            part = []
+            yield change.table
+        else:
+            part.append(change)
+    if part:
+        yield part
 
 
 def compact(
@@ -38,37 +52,35 @@ def compact(
 ) -> dict[TableRef, NetTable]:
     """The net effect of `changes`, by source table. Raises NeedsOrder where it cannot be known."""
     tables: dict[TableRef, NetTable] = {}
-    getters: dict[TableRef, Callable[[Row], Key]] = {}
+    relation: Relation | None = None
     for change in changes:
-        if isinstance(change, Truncated):
-            _truncate(tables, change.table)
-            continue
-        table = tables.get(change.relation.table)
-        if table is None or table.relation is not change.relation:
-            if table is not None:  # the schema changed within the batch
-                raise NeedsOrder(f"{change.relation.table} changed its shape")
-            table = NetTable(change.relation, key_positions(change.relation))
-            tables[change.relation.table] = table
-            getters[change.relation.table] = itemgetter(*table.key_at)
-        key_of = getters[change.relation.table]
+        if change.relation is not relation:
+            relation = change.relation
+            table = _table(tables, relation, key_positions)
+            key_of = itemgetter(*table.key_at)
         match change:
             case Insert(_, new):
                 _insert(table, key_of(new), new)
-            case Delete(_, old):
-                _delete(table, key_of(old), old)
             case Update(_, None, new):
                 _update(table, key_of(new), new)
             case Update(_, old, new) if old is not None:
                 _update_key(table, key_of(old), key_of(new), old, new)
+            case Delete(_, old):
+                _delete(table, key_of(old), old)
     return tables
 
 
-def _truncate(tables: dict[TableRef, NetTable], ref: TableRef) -> None:
-    table = tables.get(ref)
+def _table(
+    tables: dict[TableRef, NetTable],
+    relation: Relation,
+    key_positions: Callable[[Relation], tuple[int, ...]],
+) -> NetTable:
+    table = tables.get(relation.table)
     if table is None:
-        raise NeedsOrder(f"{ref} was truncated before it was described")
-    table.truncated = True
-    table.inserts, table.updates, table.deletes = {}, {}, {}
+        table = tables[relation.table] = NetTable(relation, key_positions(relation))
+    elif table.relation is not relation:
+        raise NeedsOrder(f"{relation.table} changed its shape within the batch")
+    return table
 
 
 def _insert(table: NetTable, key: Key, new: Row) -> None:
@@ -107,7 +119,7 @@ def _update_key(table: NetTable, old_key: Key, new_key: Key, old: Row, new: Row)
     if earlier is not None:
         new = _inherit(new, earlier)
     if UNCHANGED in new:
-        raise NeedsOrder("a key changed under TOASTed values that were not sent")
+        raise NeedsOrder("a key changed beside TOASTed values that were not sent")
     _delete(table, old_key, old)
     _insert(table, new_key, new)
 

@@ -52,6 +52,12 @@ class Unreachable(MoverError):
     code, remedy = "unreachable", Remedy.RETRY
 
 
+class NotReady(Unreachable):
+    """A server did not answer before anything was made: the request fails, and can be made again."""
+
+    remedy = Remedy.ABORT
+
+
 class LockNotAvailable(MoverError):
     """A lock on a shared table was not free within our short timeout."""
 

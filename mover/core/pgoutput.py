@@ -68,15 +68,21 @@ class Decoder:
                 _, commit_lsn, end_lsn, _ = _COMMIT.unpack_from(message, 1)
                 return Commit(Lsn(commit_lsn), Lsn(end_lsn))
             case 82:  # R
-                relation = _parse_relation(message)
-                self._relations[relation.oid] = relation
-                return relation
+                return self._describe(_parse_relation(message))
             case 77:  # M
                 return _message(message)
             case 79 | 89:  # O, Y
                 return None
             case kind:
                 raise ProtocolViolation(f"unexpected message {chr(kind)!r}")
+
+    def _describe(self, relation: Relation) -> Relation:
+        """An unchanged description, as after ANALYZE, stays the same object."""
+        known = self._relations.get(relation.oid)
+        if known == relation:
+            return known
+        self._relations[relation.oid] = relation
+        return relation
 
     def _relation(self, message: bytes) -> Relation:
         (oid,) = _U32.unpack_from(message, 1)
@@ -93,6 +99,11 @@ class Decoder:
         if message[at] != _NEW:
             raise ProtocolViolation("an update without a new row")
         new, _ = _row(message, at + 1, relation)
+        if old is not None and UNCHANGED in new:  # a TOASTed key is always sent with the old row
+            new = [
+                o if n is UNCHANGED and column.is_key else n
+                for o, n, column in zip(old, new, relation.columns, strict=True)
+            ]
         return Update(relation, old, new)
 
 
@@ -103,12 +114,13 @@ def _row(message: bytes, at: int, relation: Relation) -> tuple[Row, int]:
         raise ProtocolViolation(f"{relation.table}: {width} values for {len(relation.columns)} columns")
     at += 2
     row: Row = []
-    append, from_bytes = row.append, int.from_bytes
+    append, length_at = row.append, _U32.unpack_from
     for _ in range(width):
         kind = message[at]
         if kind == _TEXT:
+            (length,) = length_at(message, at + 1)
             start = at + 5
-            at = start + from_bytes(message[at + 1 : start], "big")
+            at = start + length
             append(message[start:at])
         elif kind == _NULL:
             append(None)
@@ -144,7 +156,10 @@ def _message(message: bytes) -> Message:
     flags, lsn = _MESSAGE.unpack_from(message, 1)
     prefix, at = _string(message, 10)
     (length,) = _U32.unpack_from(message, at)
-    return Message(flags & 1 == 1, Lsn(lsn), prefix, message[at + 4 : at + 4 + length])
+    content = message[at + 4 : at + 4 + length]
+    if len(content) != length:
+        raise ProtocolViolation("a logical message longer than its frame")
+    return Message(flags & 1 == 1, Lsn(lsn), prefix, content)
 
 
 def _string(message: bytes, at: int) -> tuple[str, int]:

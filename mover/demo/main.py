@@ -26,13 +26,13 @@ from mover.demo.servers import PostgresServer, RedisServer
 from mover.demo.stage import Stage
 from mover.demo.workload import Rates, Workload, WorkloadReport
 from mover.postgres.platform import initialise
+from mover.web.client import ApiClient
 
 APP_PASSWORD = "demo"
 SOURCE_VERSION, TARGET_VERSION = 16, 18
 VERTICAL = "realestate"
 # Writers run before the move begins and after it has ended, so that both sides of it are seen.
 LEAD_IN_S, LEAD_OUT_S = 2.0, 3.0
-ENDED = ("completed", "failed", "cancelled", "rolled_back", "paused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ async def _move(
         migration = await api.submit(
             {"tenantId": str(tenant.id), "targetVertical": VERTICAL, "targetTier": "database"}
         )
-        progress = await _follow(api, migration["id"], workload, console)
+        progress = await _follow(api, migration["id"], console)
         await asyncio.sleep(LEAD_OUT_S)
     duration_s = asyncio.get_running_loop().time() - started
     home = VERTICAL if progress["status"] == "completed" else "core"
@@ -200,15 +200,15 @@ async def _move(
     )
 
 
-async def _follow(api: Any, migration: str, workload: Workload, console: Console) -> Mapping[str, Any]:
-    """Show progress until the migration rests."""
+async def _follow(api: ApiClient, migration: str, console: Console) -> Mapping[str, Any]:
+    """Show events and progress until the migration has ended."""
     with Live(console=console, refresh_per_second=4, transient=True) as live:
-        while True:
-            progress: Mapping[str, Any] = await api.progress(migration)
-            live.update(terminal.progress_panel(dict(progress)))
-            if progress["status"] in ENDED:
-                return progress
-            await asyncio.sleep(0.25)
+        async for message in api.events(migration):
+            if message["type"] == "event":
+                live.console.print(terminal.event_line(message))
+            else:
+                live.update(terminal.progress_panel(message))
+    return await api.progress(migration)
 
 
 def _evidence(platform_url: str, migration: str) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -151,6 +151,30 @@ def free_port() -> int:
         return port
 
 
+class Leash:
+    """What a process that does not outlive us hangs on: a pipe whose reading end is its standard input."""
+
+    def __init__(self) -> None:
+        self.reading, self._writing = os.pipe()
+
+    def command(
+        self, arguments: Sequence[str | Path], last_signal: signal.Signals, home: Path
+    ) -> list[str | Path]:
+        """`arguments` with a watcher: when we die, the process gets `last_signal` and `home` is deleted."""
+        name = last_signal.name.removeprefix("SIG")
+        return ["/bin/sh", "-c", GUARD, "guard", name, home, *arguments]
+
+    def held(self) -> None:
+        """The process has its end now."""
+        os.close(self.reading)
+
+    def let_go(self) -> None:
+        """Send the watcher away: the process is being ended, or has ended."""
+        with os.fdopen(self._writing, "wb") as pipe, contextlib.suppress(BrokenPipeError):
+            pipe.write(b"dismissed\n")
+            pipe.flush()
+
+
 @dataclass
 class GuardedProcess:
     """A server process that does not outlive us, with its log and its directory."""
@@ -158,29 +182,26 @@ class GuardedProcess:
     home: Path
     last_signal: signal.Signals
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
-    _pipe: int = field(default=-1, init=False)
+    _leash: Leash | None = field(default=None, init=False)
 
     @property
     def log(self) -> Path:
         return self.home / "server.log"
 
     def start(self, arguments: list[str | Path]) -> None:
-        reading, self._pipe = os.pipe()
-        name = self.last_signal.name.removeprefix("SIG")
-        command = ["/bin/sh", "-c", GUARD, "guard", name, self.home, *arguments]
+        leash = self._leash = Leash()
+        command = leash.command(arguments, self.last_signal, self.home)
         try:
             with self.log.open("ab") as log:
-                self.process = launch(command, self.home, log, stdin=reading)
+                self.process = launch(command, self.home, log, stdin=leash.reading)
         finally:
-            os.close(reading)
+            leash.held()
 
     def end(self, how: signal.Signals | None = None) -> None:
         """Wait for the server's end, after sending it `how`; no error when it has already ended."""
-        if self.process is None:
+        if self.process is None or self._leash is None:
             return
-        with os.fdopen(self._pipe, "wb") as pipe, contextlib.suppress(BrokenPipeError):
-            pipe.write(b"dismissed\n")
-            pipe.flush()
+        self._leash.let_go()
         process, self.process = self.process, None
         process.send_signal(how or self.last_signal)
         try:

@@ -1,4 +1,5 @@
-"""A daemon with its configuration, as an operator would run it: a process of its own, on free ports."""
+"""A daemon with its configuration, as an operator would run it: a process of its own, on free ports, that
+does not outlive us."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import hashlib
 import json
 import os
 import secrets
-import socket
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mover.core.errors import MoverError
+from mover.demo.process import Leash, free_port
 from mover.demo.schema import REFERENCE_TABLES, SCHEMA_PATTERN, SERVICES
 from mover.web.client import ApiClient, connect
 
@@ -33,8 +35,9 @@ class Stage:
     engine: Mapping[str, object] = field(default_factory=dict)
     name: str = "daemon"
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
-    port: int = field(default_factory=lambda: _free_port())
+    port: int = field(default_factory=free_port)
     process: asyncio.subprocess.Process | None = None
+    _leash: Leash | None = None
 
     @property
     def server(self) -> str:
@@ -96,38 +99,59 @@ class Stage:
         assert process.returncode is not None
         return process.returncode, output.decode()
 
-    async def start(self) -> None:
-        """Start `mover serve` and wait until it answers."""
-        with self.log_path.open("ab") as log:
-            self.process = await asyncio.create_subprocess_exec(
-                *_MOVER,
-                "serve",
-                "--config",
-                str(self.config_path),
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is ours to handle: the daemon is told to stop
-            )
+    async def start(self, **environment: str) -> None:
+        """Start `mover serve`, with more `environment`, and wait until it answers."""
+        await self.launch(**environment)
         async with asyncio.timeout(READY_TIMEOUT_S):
             while not await self._answers():
-                if self.process.returncode is not None:
-                    raise MoverError(f"the daemon ended with {self.process.returncode}; see {self.log_path}")
+                if self.process is None or self.process.returncode is not None:
+                    raise MoverError(f"the daemon did not stay; see {self.log_path}")
                 await asyncio.sleep(0.05)
+
+    async def launch(self, **environment: str) -> None:
+        """Start `mover serve` without waiting."""
+        serve: list[str | Path] = [*_MOVER, "serve", "--config", self.config_path]
+        leash = Leash()
+        command = leash.command(serve, signal.SIGKILL, self.folder / "nothing-to-delete")
+        try:
+            with self.log_path.open("ab") as log:
+                self.process = await asyncio.create_subprocess_exec(
+                    *command,
+                    env={**self.environment, **environment},
+                    stdin=leash.reading,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C is ours to handle: the daemon is told to stop
+                )
+        finally:
+            leash.held()
+        self._leash = leash
+
+    async def wait(self) -> int:
+        """For the daemon's end: the exit code, negative after a signal."""
+        if self.process is None:
+            return 0
+        code = await self.process.wait()
+        leash, self._leash = self._leash, None
+        if leash is not None:
+            leash.let_go()
+        return code
 
     async def stop(self) -> int:
         """SIGTERM; the exit code."""
-        if self.process is None or self.process.returncode is not None:
-            return 0
-        self.process.terminate()
+        self.send_signal(signal.SIGTERM)
         async with asyncio.timeout(STOP_TIMEOUT_S):
-            return await self.process.wait()
+            return await self.wait()
 
     async def kill(self) -> None:
         """kill -9."""
+        self.send_signal(signal.SIGKILL)
+        await self.wait()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Nothing happens when the daemon has ended."""
         if self.process is not None and self.process.returncode is None:
-            self.process.kill()
-            await self.process.wait()
+            self.process.send_signal(number)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Stage]:
@@ -169,10 +193,3 @@ def _toml(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return json.dumps(value)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

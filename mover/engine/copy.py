@@ -18,6 +18,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from mover.core.copying import Chunk, CopiedRanges
+from mover.core.crash import reach
 from mover.core.errors import first_error
 from mover.core.ids import TableRef
 from mover.core.migration import Progress
@@ -74,6 +75,7 @@ class WaveCopy:
                         table, chunk = queue.pop(0)
                         touched[table] = None
                         rows, size = await worker.copy(table, chunk)
+                        reach("copy.chunk")
                         self.progress.rows_done += rows
                         self.progress.bytes_done += size
                         self.on_chunk(rows, size)

@@ -85,7 +85,8 @@ class Daemon:
             task.add_done_callback(functools.partial(self._done, key))
 
     def _done(self, key: str, task: asyncio.Task[None]) -> None:
-        self._active.pop(key, None)
+        if self._active.get(key) is task:  # it may have been claimed again after its lease ran out
+            del self._active[key]
         self.metrics.active(len(self._active))
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a migration's task failed", action="failed", exc_info=error, migration=key)
@@ -124,6 +125,8 @@ class Work:
 
     async def run(self) -> None:
         """Work until the migration rests, and leave it so that any daemon can go on."""
+        self.progress = await self.store.load_progress(self.claim)
+        self.progress.waiting_for = None
         task = asyncio.create_task(self._attempt(), name="attempt")
         heart = asyncio.create_task(self._beat(task), name="heartbeat")
         with suppress(asyncio.CancelledError):  # the daemon stops: like a wish, but without one
@@ -144,8 +147,6 @@ class Work:
     async def _attempt(self) -> None:
         migration = self.claim.migration
         try:
-            self.progress = await self.store.load_progress(self.claim)
-            self.progress.waiting_for = None
             self._move = move = await self.make_move(self.claim, self.progress)
             match migration.status:
                 case Status.ROLLING_BACK:

@@ -14,14 +14,14 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
-from mover.core.changes import Piece, RowChange
+from mover.core.changes import Change, Piece
+from mover.core.crash import reach
 from mover.core.ids import Lsn
 from mover.core.migration import Progress
 from mover.core.snapshot import Snapshot
 from mover.ports import ApplyTarget, ApplyTransaction, ChangeSource, ChangeStream, ConsistentPoint
 
-BATCH_BYTES = 8 << 20
-BATCH_CHANGES = 10_000
+BATCH_BYTES = 16 << 20
 # On a quiet source the slot must still move on, or an idle tenant pins everybody's WAL.
 IDLE_CONFIRM_S = 10.0
 IDLE_CONFIRM_BYTES = 1 << 20
@@ -43,13 +43,15 @@ class Follower:
     _snapshot_until: Lsn | None = None  # all that the snapshot sees stands before this
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _awaited: dict[str, asyncio.Future[None]] = field(default_factory=dict)
-    _seen: deque[str] = field(default_factory=lambda: deque(maxlen=1000))
+    _seen: deque[str] = field(default_factory=lambda: deque(maxlen=10_000))
     _ended: BaseException | None = None
     _idle_confirmed_at: float = 0.0
 
     async def start(self) -> None:
         """Go on from the progress that the target has stored."""
         self.applied, self._snapshot = await self.target.progress()
+        self._snapshot_until = await self.source.wal_lsn() if self._snapshot else None
+        self._ended = None
         await self.stream.start(self.applied)
 
     async def run(self) -> None:
@@ -84,7 +86,8 @@ class Follower:
     async def lag_bytes(self) -> int:
         """How far the target is behind the end of the source's WAL."""
         end = await self.source.wal_lsn()
-        return max(0, end - max(self.applied, self.stream.idle_lsn))
+        reached = self.applied if self._turn.locked() else max(self.applied, self.stream.idle_lsn)
+        return max(0, end - reached)
 
     @asynccontextmanager
     async def hold(self, lifetime: AsyncExitStack) -> AsyncIterator[ConsistentPoint]:
@@ -93,14 +96,8 @@ class Follower:
         The snapshot itself lives as long as `lifetime`."""
         async with self._turn:
             await self._drain_backlog()
-            point = await lifetime.enter_async_context(self.source.consistent_point())
-            deferred = await self._apply_visible(point)
-            try:
+            async with self._at_point(lifetime) as point:
                 yield point
-            finally:
-                if deferred:
-                    # Never confirmed, so the slot sends them again; `_snapshot` skips the others.
-                    await self.stream.start(self.applied)
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
@@ -114,24 +111,38 @@ class Follower:
         if not pieces:
             return
         marks: list[str] = []
-        async with self.target.transaction() as transaction:
-            await self._apply_pieces(transaction, pieces, marks)
-            while (end := pieces[-1].end_lsn) is None:  # a huge transaction flows through in pieces
-                await self.stream.wait()
-                pieces = self.stream.take(BATCH_BYTES)
+        try:
+            async with self.target.transaction() as transaction:
                 await self._apply_pieces(transaction, pieces, marks)
-            await transaction.advance(end, self._snapshot)
+                while (end := pieces[-1].end_lsn) is None:  # a huge transaction flows through in pieces
+                    await self.stream.wait()
+                    pieces = self.stream.take(BATCH_BYTES)
+                    await self._apply_pieces(transaction, pieces, marks)
+                await transaction.advance(end, self._snapshot)
+        except _RowsMissing:
+            await self._step_to_a_point()
+            return
+        reach("follow.applied")
         self._durable(end, marks)
 
     async def _apply_pieces(
         self, transaction: ApplyTransaction, pieces: list[Piece], marks: list[str]
     ) -> None:
-        changes: list[RowChange] = []
+        changes: list[Change] = []
         for piece in pieces:
             marks += piece.marks
             if not self._is_applied(piece):
                 changes += piece.changes
         await self._apply_changes(transaction, changes)
+        if transaction.is_missing_rows:
+            raise _RowsMissing
+
+    async def _step_to_a_point(self) -> None:
+        """A change did not carry its row, which can be read only where the target equals a snapshot of
+        the source. What was taken from the stream comes again."""
+        await self.stream.start(self.applied)
+        async with AsyncExitStack() as lifetime, self._at_point(lifetime):
+            pass
 
     async def _drain_backlog(self) -> None:
         """In ordinary batches first, so that little is left for the transaction that makes the point."""
@@ -140,21 +151,34 @@ class Follower:
             await self.stream.wait()
             await self._apply_batch()
 
+    @asynccontextmanager
+    async def _at_point(self, lifetime: AsyncExitStack) -> AsyncIterator[ConsistentPoint]:
+        point = await lifetime.enter_async_context(self.source.consistent_point())
+        deferred = await self._apply_visible(point)
+        try:
+            yield point
+        finally:
+            if deferred:
+                # Never confirmed, so the slot sends them again; `_snapshot` skips the others.
+                await self.stream.start(self.applied)
+
     async def _apply_visible(self, point: ConsistentPoint) -> bool:
         """In one target transaction, what the point sees of the stream up to its mark.
 
         Returns whether there were transactions that it does not see: they are left for later."""
         deferred, marks, end = False, list[str](), self.applied
-        visible: list[RowChange] = []
+        visible: list[Change] = []
+        size_bytes = 0
         async with self.target.transaction() as transaction:
             piece = await self._next_piece()
             while point.mark not in piece.marks:
                 if piece.changes and not self._is_applied(piece):
                     if point.snapshot.sees(piece.xid):
                         visible += piece.changes
-                        if len(visible) > BATCH_CHANGES:
+                        size_bytes += piece.size_bytes
+                        if size_bytes >= BATCH_BYTES:
                             await self._apply_changes(transaction, visible)
-                            visible = []
+                            visible, size_bytes = [], 0
                     else:
                         deferred = True
                 if not deferred:
@@ -163,13 +187,14 @@ class Follower:
                 piece = await self._next_piece()
             assert piece.end_lsn is not None  # a mark's transaction holds nothing else
             await self._apply_changes(transaction, visible)
+            await transaction.fetch_missing(point)
             self._snapshot, self._snapshot_until = point.snapshot, piece.end_lsn
             end = end if deferred else piece.end_lsn
             await transaction.advance(end, point.snapshot)
         self._durable(end, marks)
         return deferred
 
-    async def _apply_changes(self, transaction: ApplyTransaction, changes: list[RowChange]) -> None:
+    async def _apply_changes(self, transaction: ApplyTransaction, changes: list[Change]) -> None:
         if changes:
             await transaction.apply(changes)
             self.progress.changes_applied += len(changes)
@@ -215,3 +240,8 @@ class Follower:
                 awaited.set_exception(error)
             else:
                 awaited.cancel()
+        self._awaited.clear()
+
+
+class _RowsMissing(Exception):
+    """The batch cannot be applied from the stream alone."""

@@ -17,7 +17,8 @@ from typing import Protocol
 import structlog
 
 from cutover.ports import Cache, Sequences
-from cutover.protocol import Report, World, cut_over, recover
+from cutover.protocol import Ends, Report, World, cut_over, recover
+from mover.core.crash import reach
 from mover.core.errors import (
     CutoverAborted,
     DamageAfterSwitch,
@@ -41,7 +42,9 @@ from mover.ports import Clock, MoveStore
 
 log = structlog.get_logger()
 
-# Near enough to begin with verification; the rest is drained again and again on the way.
+# The stream is caught up when a mark passes through it within this share of the pause budget.
+DRAIN_SHARE = 0.2
+# Under this lag the target counts as close behind, for the lag in seconds.
 SMALL_LAG_BYTES = 1 << 20
 # After an aborted attempt writers get this long before the next one; doubled up to the second number.
 CUTOVER_BACKOFF_S = (1.0, 30.0)
@@ -72,7 +75,7 @@ class Observer(Protocol):
 
     def rows_verified(self, rows: int) -> None: ...
 
-    def integrity_failed(self) -> None: ...
+    def integrity_failed(self, rows: int) -> None: ...
 
     def cutover(self, outcome: str, pause_ms: float | None) -> None: ...
 
@@ -104,7 +107,7 @@ class Move:
 
     async def run(self) -> Status:
         """From where the journal stands to `completed`."""
-        if self._was_reached(Phase.MONITOR):
+        if self._was_reached(Phase.CUTOVER) and await self._settle_earlier():
             plan = await self._stored_plan()
         else:
             plan = await self._begin()
@@ -133,10 +136,19 @@ class Move:
         quiet_s = await self.store.tombstone(self.claim, refused, self._tombstone_interval_s)
         if quiet_s >= self.limits.tombstone_s:
             plan = await self._stored_plan()
-            await self.site.remove_tombstone(plan.shape, self._say)
+            await self.site.remove_tombstone(plan.shape, self._wait_for)
             await self.store.end_tombstone(self.claim)
             await self._say("the tombstone on the source is removed: nothing of ours is left")
         await self.store.release(self.claim)
+
+    async def _settle_earlier(self) -> bool:
+        """A cutover whose owner died comes before anything else: writers may be waiting for its outcome.
+
+        Says whether the tenant was switched."""
+        await self.site.take_over()
+        if self._was_reached(Phase.CLEANUP):  # then the target was open, and its fence may be gone
+            return True
+        return await self._settle()
 
     async def _begin(self) -> Plan:
         """The phases before rows flow; a plan that was stored is kept."""
@@ -162,9 +174,9 @@ class Move:
     async def _prepare(self, shape: Shape) -> None:
         await self._step("prepare.ownership", self.site.take_over)
         await self._step("prepare.schemas", self.site.clone_schemas, shape)
-        await self._step("prepare.identity", self.site.identify_rows, shape, self._say)
-        await self._step("prepare.guards", self.site.guard, shape, self._say)
-        await self._step("prepare.stream", self.site.publish, shape, self._say)
+        await self._step("prepare.identity", self.site.identify_rows, shape, self._wait_for)
+        await self._step("prepare.guards", self.site.guard, shape, self._wait_for)
+        await self._step("prepare.stream", self.site.publish, shape, self._wait_for)
 
     async def _transfer(self, shape: Shape) -> None:
         """Rows flow: copy, follow, prove, switch. One follower serves all four."""
@@ -175,8 +187,6 @@ class Move:
             closing.push_async_callback(verification.close)
             sequences = await closing.enter_async_context(self.site.sequences(shape))
             world = self._world(follower, verification, sequences)
-            if self._was_reached(Phase.CUTOVER) and await recover(world):
-                return
             copy = self._copy_of(shape, link, follower)
             await copy.load()
             await follower.start()
@@ -192,11 +202,20 @@ class Move:
                     async with self._phase(Phase.VERIFY):
                         await verification.until_small()
                     async with self._phase(Phase.CUTOVER):
-                        switched = await self._cut_over(world, follower, verification)
+                        await self._cut_over(world, follower, verification)
                     following.cancel()
             self.follower = None
-            if switched:
-                await self._compare_completely(verification)
+            await self._compare_completely(verification)
+
+    @property
+    def _ends(self) -> Ends:
+        return Ends(
+            source=self.site.source_fence,
+            target=self.site.target_fence,
+            decision=RouteDecision(self.store, self.claim, self.source, self.target),
+            cache=self.cache,
+            clock=self.clock,
+        )
 
     def _world(self, follower: Follower, verification: Verification, sequences: Sequences) -> World:
         return World(
@@ -223,6 +242,7 @@ class Move:
             source_readers=link.source_readers,
             target_readers=link.target_readers,
             on_rows=on_rows,
+            on_mismatch=self.observer.integrity_failed,
         )
 
     def _copy_of(self, shape: Shape, link: Link, follower: Follower) -> WaveCopy:
@@ -246,15 +266,15 @@ class Move:
         )
 
     async def _catch_up(self, follower: Follower) -> None:
+        """Until what commits now is on the target within a small part of the pause budget."""
         while True:
+            started = self.clock.monotonic()
             await follower.catch_up_once()
-            if await follower.lag_bytes() < SMALL_LAG_BYTES:
+            if self.clock.monotonic() - started < self.limits.pause_budget_s * DRAIN_SHARE:
                 return
 
-    async def _cut_over(self, world: World, follower: Follower, verification: Verification) -> bool:
-        """Attempts until one fits the budget; an attempt that does not leaves no trace.
-
-        False when the switch is certain but was settled without the final snapshots."""
+    async def _cut_over(self, world: World, follower: Follower, verification: Verification) -> None:
+        """Attempts until one fits the budget; an attempt that does not leaves no trace."""
         backoff, longest = CUTOVER_BACKOFF_S
         while True:
             await self._catch_up(follower)
@@ -269,18 +289,18 @@ class Move:
                 self.progress.waiting_for = None
                 backoff = min(backoff * 2, longest)
             except OutcomeUnknown:
-                if await self._settle(world):
-                    return False
+                if await self._settle():
+                    self.switched_at = datetime.now(UTC)
+                    return
             else:
-                await self._switched(report)
-                return True
+                return await self._switched(report)
 
-    async def _settle(self, world: World) -> bool:
+    async def _settle(self) -> bool:
         """The decision's answer was lost: the fence stays closed until the platform database tells."""
         self.progress.waiting_for = "the platform database, for the outcome of the decision"
         while True:
             try:
-                switched = await recover(world)
+                switched = await recover(self._ends)
             except MoverError as error:
                 if error.remedy is not Remedy.RETRY:
                     raise
@@ -303,7 +323,6 @@ class Move:
             verdict = await verification.complete()
         except VerificationFailed as error:
             await self.store.end_step(self.claim, "cutover.complete_comparison", detail=str(error), ok=False)
-            self.observer.integrity_failed()
             raise DamageAfterSwitch(
                 f"after the switch: {error}",
                 where=error.where,
@@ -322,9 +341,14 @@ class Move:
     async def _monitor(self, shape: Shape) -> None:
         """The window before the source is cleaned. The forward stream is over."""
         async with self._phase(Phase.MONITOR):
+            if "source_root" not in self.progress.evidence:
+                await self._say(
+                    "the complete comparison after the switch did not end; the passes before it were clean",
+                    level="warning",
+                )
             await self._step("monitor.keep_target", self.site.keep_target, shape)
-            await self._step("monitor.stop_stream", self.site.stop_stream, self._say)
-            await self._step("monitor.identity", self.site.restore_identity, shape, self._say)
+            await self._step("monitor.stop_stream", self.site.stop_stream, self._wait_for)
+            await self._step("monitor.identity", self.site.restore_identity, shape, self._wait_for)
             while (left := self._window_left()) > 0:
                 self.progress.eta_seconds = round(left, 1)
                 await self._count_refused()
@@ -340,17 +364,17 @@ class Move:
     async def _clean_up(self, shape: Shape) -> None:
         async with self._phase(Phase.CLEANUP):
             await self._step("cleanup.source_rows", self.site.remove_source_rows, shape, self._say)
-            await self._step("cleanup.target_guards", self.site.unguard_target, shape, self._say)
+            await self._step("cleanup.target_guards", self.site.unguard_target, shape, self._wait_for)
             await self._step("cleanup.forget", self.site.forget)
         await self.store.tombstone(self.claim, await self.site.refused_writes(), self._tombstone_interval_s)
         await self.store.set_status(self.claim, Status.COMPLETED)
 
     async def _remove_all(self, shape: Shape) -> None:
-        await self._step("undo.stream", self.site.stop_stream, self._say)
-        await self._step("undo.source_guards", self.site.unguard_source, shape, self._say)
-        await self._step("undo.target_guards", self.site.unguard_target, shape, self._say)
+        await self._step("undo.stream", self.site.stop_stream, self._wait_for)
+        await self._step("undo.source_guards", self.site.unguard_source, shape, self._wait_for)
+        await self._step("undo.target_guards", self.site.unguard_target, shape, self._wait_for)
         await self._step("undo.target_rows", self.site.remove_target_rows, shape, self._say)
-        await self._step("undo.identity", self.site.restore_identity, shape, self._say)
+        await self._step("undo.identity", self.site.restore_identity, shape, self._wait_for)
         await self._step("undo.forget", self.site.forget)
 
     @property
@@ -360,6 +384,7 @@ class Move:
     async def measure(self) -> None:
         """Bring the progress' live figures up to date; called beside `run`, about once a second."""
         if self.follower is None:
+            self.progress.lag_bytes = self.progress.lag_seconds = None
             return
         now = self.clock.monotonic()
         lag_bytes = await self.follower.lag_bytes()
@@ -415,7 +440,9 @@ class Move:
     @asynccontextmanager
     async def _journal(self, name: str) -> AsyncIterator[None]:
         """One line of the journal, written before the world changes."""
+        self.progress.waiting_for = None
         await self.store.begin_step(self.claim, name)
+        reach(f"{name}.begun")
         try:
             yield
         except LeaseLost:
@@ -424,7 +451,13 @@ class Move:
             with suppress(MoverError):  # the first error is the one that counts
                 await self.store.end_step(self.claim, name, detail=str(error), ok=False)
             raise
+        reach(f"{name}.done")
         await self.store.end_step(self.claim, name)
+
+    async def _wait_for(self, reason: str) -> None:
+        """Nothing moves until somebody else does: shown in the status until the next step."""
+        self.progress.waiting_for = reason
+        await self._say(reason)
 
     async def _say(self, message: str, level: str = "info") -> None:
         """To whoever watches the migration, and to the log."""

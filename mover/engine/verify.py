@@ -40,6 +40,7 @@ class Verification:
     source_readers: SnapshotReaders
     target_readers: SnapshotReaders
     on_rows: Callable[[int], None]
+    on_mismatch: Callable[[int], None]  # hears how many rows differ
     passes: int = 0
     _final: AsyncExitStack = field(default_factory=AsyncExitStack)
     _final_readers: tuple[DigestReader, DigestReader] | None = None
@@ -111,6 +112,7 @@ class Verification:
     def _must_be_equal(self, verdict: Verdict) -> None:
         differing = [t.mismatch for t in verdict.tables if t.mismatch is not None]
         if differing:
+            self.on_mismatch(sum(keys.count for m in differing for keys in m.keys.by_kind().values()))
             error = VerificationFailed(
                 "source and target differ: " + "; ".join(map(str, differing)),
                 where=Where(self.tenant, differing[0].table),

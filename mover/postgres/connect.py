@@ -8,7 +8,6 @@ finds and ends the backends of the old one.
 from __future__ import annotations
 
 import asyncio
-import ssl as ssl_module
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,13 +15,11 @@ from typing import Any
 
 import asyncpg
 import psycopg
-from psycopg.conninfo import conninfo_to_dict
 
 from mover.core.ids import Epoch, MigrationId
 from mover.core.secret import Secret
 from mover.postgres.errors import translate
-
-CONNECT_TIMEOUT_S = 10
+from mover.postgres.urls import CONNECT_TIMEOUT_S, asyncpg_parameters, libpq_parameters, why_unreachable
 
 # The text of a value must not depend on the role's or the server's defaults (floats lose digits under
 # extra_float_digits=0), and no timeout of theirs may kill a snapshot holder.
@@ -89,7 +86,7 @@ class Database:
         """libpq parameters with everything pinned; `overrides` are server settings."""
         settings = {**PINNED, **overrides}
         options = " ".join(f"-c {name}={_escape(value)}" for name, value in settings.items())
-        params: dict[str, Any] = {**KEEPALIVES, **conninfo_to_dict(self.url.reveal())}
+        params: dict[str, Any] = {**KEEPALIVES, **libpq_parameters(self.url, self.label)}
         params |= {
             "options": options,
             "application_name": self._application_name(purpose),
@@ -107,13 +104,17 @@ class Database:
         """
         async with self._slots:
             with translate(self.label):
-                conn = await psycopg.AsyncConnection.connect(
-                    **self.conninfo(purpose, **settings), autocommit=True
-                )
+                conn = await self._connected(self.conninfo(purpose, **settings))
                 try:
                     yield conn
                 finally:
                     await conn.close()
+
+    async def _connected(self, parameters: dict[str, Any]) -> psycopg.AsyncConnection[tuple[Any, ...]]:
+        try:
+            return await psycopg.AsyncConnection.connect(**parameters, autocommit=True)
+        except psycopg.OperationalError as error:
+            raise await why_unreachable(self.url, self.label, error) from error
 
     @asynccontextmanager
     async def external(self, purpose: str) -> AsyncIterator[dict[str, str]]:
@@ -127,7 +128,7 @@ class Database:
         async with self._slots:
             with translate(self.label):
                 conn = await asyncpg.connect(
-                    **_asyncpg_parameters(self.url),
+                    **asyncpg_parameters(self.url),
                     timeout=CONNECT_TIMEOUT_S,
                     statement_cache_size=0,
                     server_settings={
@@ -148,23 +149,3 @@ class Database:
 def _escape(value: str) -> str:
     """A server setting's value as `options` wants it: blanks and backslashes escaped."""
     return value.replace("\\", "\\\\").replace(" ", "\\ ")
-
-
-def _asyncpg_parameters(url: Secret) -> dict[str, Any]:
-    """libpq's URL or key=value form as asyncpg's arguments."""
-    params = conninfo_to_dict(url.reveal())
-    known = {"host": "host", "port": "port", "user": "user", "password": "password", "dbname": "database"}
-    arguments: dict[str, Any] = {ours: params[theirs] for theirs, ours in known.items() if theirs in params}
-    if "port" in arguments:
-        arguments["port"] = int(arguments["port"])
-    arguments["ssl"] = _ssl(str(params.get("sslmode", "prefer")), params.get("sslrootcert"))
-    return arguments
-
-
-def _ssl(mode: str, root_certificate: Any) -> str | ssl_module.SSLContext:
-    """asyncpg reads sslmode words itself; a root certificate needs a context."""
-    if root_certificate is None or mode not in ("verify-ca", "verify-full"):
-        return mode
-    context = ssl_module.create_default_context(cafile=str(root_certificate))
-    context.check_hostname = mode == "verify-full"
-    return context

@@ -6,7 +6,7 @@ The proof must not share a mistake with what it proves: nothing here is used by 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,6 +153,7 @@ async def verify_databases(
     fingerprints: Fingerprints | None = None,
     *,
     workers: int = WORKERS,
+    progress: Callable[[int], None] | None = None,
 ) -> Verdict:
     """Compare all of the tenant's rows, each side under a snapshot of its own, taken now."""
     async with (
@@ -161,7 +162,7 @@ async def verify_databases(
         ours.at_snapshot(tenant) as source_now,
         theirs.at_snapshot(tenant) as target_now,
     ):
-        return await compare(tables, source_now, target_now, fingerprints=fingerprints)
+        return await compare(tables, source_now, target_now, fingerprints=fingerprints, progress=progress)
 
 
 @dataclass

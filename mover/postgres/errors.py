@@ -17,6 +17,13 @@ _CONFLICTS = {"23505", "23503", "23P01", "23502", "23514"}
 _PASSING_CLASSES = ("08", "53", "57P0", "25P03", "57P05", "58")
 _PASSING = {"40001", "40P01", "57014", "55006"}
 _DENIED = {"42501", "28000", "28P01", "3D000"}
+_PLAIN = {
+    "28P01": "wrong password",
+    "28000": "the server does not let this role in",
+    "3D000": "there is no such database",
+    "53300": "the server has no connection left",
+    "57P03": "the server is not ready yet",
+}
 
 
 class ServerError(MoverError):
@@ -60,7 +67,9 @@ def translated(error: Exception, label: str) -> MoverError:
 
 
 def _condition(error: Exception) -> str:
-    """`UniqueViolation` -> `unique violation`."""
+    """`UniqueViolation` -> `unique violation`; in plain words where the name is none for people."""
+    if (plain := _PLAIN.get(getattr(error, "sqlstate", None) or "")) is not None:
+        return plain
     name = type(error).__name__.removesuffix("Error")
     return "".join(f" {c.lower()}" if c.isupper() else c for c in name).strip() or "error"
 

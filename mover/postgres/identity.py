@@ -15,6 +15,7 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import dict_row
 
+from mover.core.crash import reach
 from mover.core.errors import Conflict, LockNotAvailable, SchemaChanged, Where
 from mover.core.facts import Relation
 from mover.core.ids import MigrationId, TableRef
@@ -84,10 +85,12 @@ async def _ensure(
             our_index=need.index_name if candidate is None else None,
         )
         await _run(conn, "use", need.table, migration=migration)
+    reach("identity.recorded")
     if relation.identity_covers(need.tenant_column):
         return
     if candidate is None:
         await _build(conn, need, say)
+    reach("identity.built")
     chosen = sql.SQL("USING INDEX {}").format(
         sql.Identifier(candidate.name if candidate else need.index_name)
     )

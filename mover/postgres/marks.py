@@ -19,9 +19,14 @@ EMIT_MARK = "SELECT pg_logical_emit_message(true, 'mover.mark', %s)"
 
 
 def parse_truncated(content: bytes) -> Truncated | None:
-    """The content that the guard's TRUNCATE trigger writes: a JSON array of schema and table."""
+    """The content that the guard's TRUNCATE trigger writes, a JSON array of schema and table; or None,
+
+    since any role may write messages."""
     try:
-        schema, table = json.loads(content)
-    except ValueError:
+        names = json.loads(content)
+    except (ValueError, RecursionError):
         return None
-    return Truncated(TableRef(schema, table))
+    match names:
+        case [str(schema), str(table)]:
+            return Truncated(TableRef(schema, table))
+    return None

@@ -1,8 +1,8 @@
 """The statements that apply changes to one table: composed once, scoped to the tenant in every case.
 
 Two ways, the same effect: a staged batch merged by set statements, and single statements in source
-order. Locks: ROW EXCLUSIVE on the table and the rows themselves. Safe to repeat only as a whole: the
-progress of the same transaction says whether it was done.
+order, with `$n` parameters. Locks: ROW EXCLUSIVE on the table and the rows themselves. Safe to repeat
+only as a whole: the progress of the same transaction says whether it was done.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mover.postgres import ranges
 
 # The value of the staging table's `mover_op`; an update's is UPDATE + the number of its column group.
 DELETE, INSERT, UPDATE = 0, 1, 2
+Names = tuple[str, ...]
 
 
 class Merge:
@@ -32,10 +33,14 @@ class Merge:
         self._tenant = sql.SQL("t.{} = {}").format(
             sql.Identifier(table.tenant_column), sql.Literal(str(tenant))
         )
-        self._same_key = sql.SQL(" AND ").join(
-            sql.SQL("t.{0} = s.{0}").format(sql.Identifier(name)) for name in table.key
-        )
-        self._settable = {c.name for c in table.copied if not c.identity_always}
+        self._is_always = {c.name for c in table.copied if c.identity_always}
+        self._insert_one: dict[Names, bytes] = {}
+        self._update_one: dict[Names, bytes] = {}
+
+    @cached_property
+    def moves_by_copy(self) -> bool:
+        """Whether a changed key takes a new row: a GENERATED ALWAYS identity cannot be assigned to."""
+        return not self._is_always.isdisjoint(self.table.key)
 
     @cached_property
     def create_stage(self) -> sql.Composed:
@@ -44,7 +49,7 @@ class Merge:
             "CREATE TEMPORARY TABLE {} AS SELECT 0::smallint AS mover_op, {} FROM {} WITH NO DATA"
         ).format(self._stage, ranges.columns(self.table.copied), self._target)
 
-    def copy_stage(self, names: Sequence[str]) -> sql.Composed:
+    def copy_stage(self, names: Names) -> sql.Composed:
         return sql.SQL("COPY {} (mover_op, {}) FROM STDIN WITH (NULL {})").format(
             self._stage, _identifiers(names), sql.Literal(NULL_OPTION)
         )
@@ -53,10 +58,20 @@ class Merge:
     def clear_stage(self) -> sql.Composed:
         return sql.SQL("TRUNCATE {}").format(self._stage)
 
-    def drop_uncopied(self, copied: CopiedRanges) -> sql.Composed:
-        """Changes of rows that a later wave copies."""
-        inside = ranges.in_ranges(self.table, "s", copied, Side.TARGET)
-        return sql.SQL("DELETE FROM {} AS s WHERE NOT {}").format(self._stage, inside)
+    @cached_property
+    def copy_rows(self) -> sql.Composed:
+        """COPY of whole rows in the plan's column order."""
+        return sql.SQL("COPY {} ({}) FROM STDIN").format(self._target, ranges.columns(self.table.copied))
+
+    def inside(self, copied: CopiedRanges) -> sql.Composed:
+        """Parameters: an array for each key column. The 1-based places of those in the copied ranges."""
+        arrays = sql.SQL(", ").join(
+            sql.SQL("{}::{}[]").format(_parameter(n), ranges.type_on(column, Side.TARGET))
+            for n, column in enumerate(self.table.key_columns, start=1)
+        )
+        return sql.SQL("SELECT mover_n FROM unnest({}) WITH ORDINALITY AS s ({}, mover_n) WHERE {}").format(
+            arrays, _identifiers(self.table.key), ranges.in_ranges(self.table, "s", copied, Side.TARGET)
+        )
 
     @cached_property
     def delete_all(self) -> sql.Composed:
@@ -65,59 +80,86 @@ class Merge:
     @cached_property
     def delete_staged(self) -> sql.Composed:
         return sql.SQL("DELETE FROM {} AS t USING {} AS s WHERE {} AND {} AND s.mover_op = {}").format(
-            self._target, self._stage, self._tenant, self._same_key, sql.Literal(DELETE)
+            self._target, self._stage, self._tenant, _equal(self.table.key), sql.Literal(DELETE)
         )
 
-    def insert_staged(self, names: Sequence[str]) -> sql.Composed:
+    def insert_staged(self, names: Names) -> sql.Composed:
         return sql.SQL(
             "INSERT INTO {0} ({1}) OVERRIDING SYSTEM VALUE SELECT {1} FROM {2} WHERE mover_op = {3}"
         ).format(self._target, _identifiers(names), self._stage, sql.Literal(INSERT))
 
-    def update_staged(self, names: Sequence[str], group: int) -> sql.Composed:
+    def update_staged(self, names: Names, group: int) -> sql.Composed:
         """The rows of one column group; `names` are the columns whose values were sent."""
         assignments = sql.SQL(", ").join(
-            sql.SQL("{0} = s.{0}").format(sql.Identifier(name)) for name in self._assigned(names)
+            sql.SQL("{0} = s.{0}").format(sql.Identifier(name)) for name in self.assigned(names)
         )
+        same = _equal((*self.table.key, *self._kept(names)))
         return sql.SQL("UPDATE {} AS t SET {} FROM {} AS s WHERE {} AND {} AND s.mover_op = {}").format(
-            self._target, assignments, self._stage, self._tenant, self._same_key, sql.Literal(UPDATE + group)
+            self._target, assignments, self._stage, self._tenant, same, sql.Literal(UPDATE + group)
         )
 
-    def insert_one(self, names: Sequence[str]) -> sql.Composed:
-        return sql.SQL("INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE VALUES ({})").format(
-            self._target, _identifiers(names), sql.SQL(", ").join([sql.Placeholder()] * len(names))
-        )
+    def insert_one(self, names: Names) -> bytes:
+        """Parameters: the values of `names`."""
+        found = self._insert_one.get(names)
+        if found is None:
+            statement = sql.SQL("INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE VALUES ({})").format(
+                self._target,
+                _identifiers(names),
+                sql.SQL(", ").join(_parameter(n) for n in range(1, len(names) + 1)),
+            )
+            found = self._insert_one[names] = statement.as_bytes()
+        return found
 
-    def update_one(self, names: Sequence[str]) -> sql.Composed:
-        """Parameters: the values of `assigned(names)`, then the old key."""
-        assignments = sql.SQL(", ").join(
-            sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder())
-            for name in self._assigned(names)
-        )
-        return sql.SQL("UPDATE {} AS t SET {} WHERE {} AND {}").format(
-            self._target, assignments, self._tenant, self._key_is_parameter
-        )
+    def update_one(self, names: Names) -> bytes:
+        """Parameters: the values of `used_by_update(names)`, then the old key."""
+        found = self._update_one.get(names)
+        if found is None:
+            place = {name: _parameter(n) for n, name in enumerate(self.used_by_update(names), start=1)}
+            assignments = sql.SQL(", ").join(
+                sql.SQL("{} = {}").format(sql.Identifier(name), place[name]) for name in self.assigned(names)
+            )
+            kept = sql.SQL("").join(
+                sql.SQL(" AND t.{} = {}").format(sql.Identifier(name), place[name])
+                for name in self._kept(names)
+            )
+            statement = sql.SQL("UPDATE {} AS t SET {} WHERE {} AND {}{}").format(
+                self._target, assignments, self._tenant, self._key_from(len(place)), kept
+            )
+            found = self._update_one[names] = statement.as_bytes()
+        return found
 
     @cached_property
-    def delete_one(self) -> sql.Composed:
+    def delete_one(self) -> bytes:
         """Parameters: the old key."""
-        return sql.SQL("DELETE FROM {} AS t WHERE {} AND {}").format(
-            self._target, self._tenant, self._key_is_parameter
-        )
+        statement = sql.SQL("DELETE FROM {} AS t WHERE {} AND {}")
+        return statement.format(self._target, self._tenant, self._key_from(0)).as_bytes()
 
-    def assigned(self, names: Sequence[str]) -> list[str]:
-        """The columns that `update_one(names)` sets, in its parameter order."""
-        return list(self._assigned(names))
+    def assigned(self, names: Names) -> Names:
+        """The columns that an update can set."""
+        return tuple(name for name in names if name not in self._is_always)
 
-    def _assigned(self, names: Sequence[str]) -> list[str]:
-        # GENERATED ALWAYS identity takes no assignment; its value cannot have changed in place
-        return [name for name in names if name in self._settable]
+    def used_by_update(self, names: Names) -> Names:
+        return (*self.assigned(names), *self._kept(names))
 
-    @cached_property
-    def _key_is_parameter(self) -> sql.Composed:
+    def _kept(self, names: Names) -> Names:
+        """Identity columns beside the key that cannot be assigned: a row whose value changed is not
+        found, rather than silently left with the old one."""
+        return tuple(name for name in names if name in self._is_always and name not in self.table.key)
+
+    def _key_from(self, parameters_before: int) -> sql.Composed:
         return sql.SQL(" AND ").join(
-            sql.SQL("t.{} = {}").format(sql.Identifier(name), sql.Placeholder()) for name in self.table.key
+            sql.SQL("t.{} = {}").format(sql.Identifier(name), _parameter(n))
+            for n, name in enumerate(self.table.key, start=parameters_before + 1)
         )
 
 
 def _identifiers(names: Sequence[str]) -> sql.Composed:
     return sql.SQL(", ").join(sql.Identifier(name) for name in names)
+
+
+def _equal(names: Sequence[str]) -> sql.Composed:
+    return sql.SQL(" AND ").join(sql.SQL("t.{0} = s.{0}").format(sql.Identifier(name)) for name in names)
+
+
+def _parameter(number: int) -> sql.Composed:
+    return sql.SQL("${}").format(sql.Literal(number))

@@ -16,6 +16,7 @@ from mover.core.ids import TableRef
 from mover.core.secret import Secret
 from mover.postgres.errors import translate
 from mover.postgres.platform_pool import LABEL, Connection, conninfo
+from mover.postgres.urls import why_unreachable
 from mover.sql import NumberedFile, load, load_numbered
 
 TIMEOUT_S = 120
@@ -68,13 +69,17 @@ async def missing_route_columns(url: Secret, organizations: TableRef) -> tuple[s
 @asynccontextmanager
 async def _connection(url: Secret) -> AsyncIterator[Connection]:
     with translate(LABEL):
-        async with (
-            asyncio.timeout(TIMEOUT_S),
-            await psycopg.AsyncConnection[dict[str, Any]].connect(
-                **conninfo(url, "init"), autocommit=True, row_factory=dict_row
-            ) as conn,
-        ):
+        async with asyncio.timeout(TIMEOUT_S), await _connect(url) as conn:
             yield conn
+
+
+async def _connect(url: Secret) -> Connection:
+    try:
+        return await psycopg.AsyncConnection[dict[str, Any]].connect(
+            **conninfo(url, "init"), autocommit=True, row_factory=dict_row
+        )
+    except psycopg.OperationalError as error:
+        raise await why_unreachable(url, LABEL, error) from error
 
 
 async def _missing(conn: Connection) -> tuple[NumberedFile, ...]:

@@ -10,13 +10,13 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeAlias
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from mover.core.secret import Secret
 from mover.postgres.connect import KEEPALIVES
 from mover.postgres.errors import translate
+from mover.postgres.urls import libpq_parameters
 from mover.sql import load
 
 LABEL = "platform database"
@@ -93,7 +93,7 @@ def conninfo(url: Secret, purpose: str) -> dict[str, Any]:
     return {
         **KEEPALIVES,
         "tcp_user_timeout": 10_000,
-        **conninfo_to_dict(url.reveal()),
+        **libpq_parameters(url, LABEL),
         "connect_timeout": CONNECT_TIMEOUT_S,
         "application_name": f"mover/{purpose}",
         "client_encoding": "UTF8",

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
 import psycopg
+from psycopg import sql
 
-from mover.core.ids import Lsn
+from mover.core.copying import Key
+from mover.core.ids import Lsn, Side, TenantId
 from mover.core.snapshot import Snapshot
+from mover.core.tables import MovedTable
+from mover.postgres import ranges
 from mover.postgres.connect import Database
 from mover.postgres.errors import translate
 from mover.postgres.marks import EMIT_MARK
+
+KEYS_PER_QUERY = 5_000
+Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +31,30 @@ class Point:
     snapshot: Snapshot
     snapshot_id: str
     mark: str
+    label: str
+    conn: Connection = field(repr=False)  # holds the snapshot
+
+    async def rows(self, table: MovedTable, tenant: TenantId, keys: Collection[Key]) -> AsyncIterator[bytes]:
+        ordered = sorted(keys)
+        for start in range(0, len(ordered), KEYS_PER_QUERY):
+            query = _rows_query(table, tenant, ordered[start : start + KEYS_PER_QUERY])
+            with translate(self.label):
+                async with self.conn.cursor() as cursor, cursor.copy(query) as copy:
+                    async for block in copy:
+                        yield bytes(block)
 
 
 class Points:
     """Takes consistent points. Keeps one connection for marks and positions, so that both are quick."""
 
-    def __init__(self, database: Database, conn: psycopg.AsyncConnection[tuple[Any, ...]]) -> None:
+    def __init__(self, database: Database, conn: Connection) -> None:
         self._database, self._conn = database, conn
 
     @classmethod
     @asynccontextmanager
     async def open(cls, database: Database) -> AsyncIterator[Points]:
-        async with database.connect("marks") as conn:
+        # A mark must reach the stream at once, whatever the role's default.
+        async with database.connect("marks", synchronous_commit="local") as conn:
             yield cls(database, conn)
 
     @asynccontextmanager
@@ -49,7 +68,8 @@ class Points:
             cursor = await conn.execute("SELECT pg_current_snapshot()::text, pg_export_snapshot()")
             row = await cursor.fetchone()
             assert row is not None
-            yield Point(Snapshot.parse(row[0]), row[1], await self.mark())
+            snapshot = Snapshot.parse(row[0])
+            yield Point(snapshot, row[1], await self.mark(), self._database.label, conn)
 
     async def mark(self) -> str:
         token = uuid4().hex
@@ -63,3 +83,13 @@ class Points:
             row = await cursor.fetchone()
         assert row is not None
         return Lsn.parse(row[0])
+
+
+def _rows_query(table: MovedTable, tenant: TenantId, keys: Collection[Key]) -> sql.Composed:
+    return sql.SQL("COPY (SELECT {} FROM {} AS t WHERE t.{} = {} AND {}) TO STDOUT").format(
+        ranges.columns(table.copied, "t"),
+        sql.Identifier(table.source.schema, table.source.name),
+        sql.Identifier(table.tenant_column),
+        sql.Literal(str(tenant)),
+        ranges.in_keys(table, "t", keys, Side.SOURCE),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from psycopg import sql
 
@@ -45,6 +45,16 @@ def key_literal(table: MovedTable, key: Key, side: Side) -> sql.Composed:
         sql.SQL("{}::{}").format(sql.Literal(value), type_on(column, side))
         for value, column in zip(key, table.key_columns, strict=True)
     )
+
+
+def in_keys(table: MovedTable, alias: str, keys: Collection[Key], side: Side) -> sql.Composed:
+    """Whether a key is one of `keys`."""
+    left = sql.SQL(", ").join(sql.Identifier(alias, name) for name in table.key)
+    arrays = sql.SQL(", ").join(
+        sql.SQL("{}::{}[]").format(sql.Literal(list(values)), type_on(column, side))
+        for values, column in zip(zip(*keys, strict=True), table.key_columns, strict=True)
+    )
+    return sql.SQL("({}) IN (SELECT * FROM unnest({}))").format(left, arrays)
 
 
 def columns(names: Sequence[Column], alias: str | None = None) -> sql.Composed:

@@ -14,6 +14,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from mover.core.crash import reach
 from mover.core.ids import TableRef, TenantId
 from mover.postgres import owner
 from mover.postgres.connect import Database, Identity
@@ -75,6 +76,7 @@ async def _one_batch(
     async with conn.transaction():
         await owner.hold(conn, identity)
         cursor = await conn.execute(statement)
+    reach("removal.batch")
     if cursor.rowcount == BATCH_ROWS:
         await asyncio.sleep((loop.time() - started) * REST_SHARE)
     return cursor.rowcount

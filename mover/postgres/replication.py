@@ -2,6 +2,7 @@
 
 psycopg has no replication class; this is the only file that drives `pq` by hand. It decodes while the
 event loop waits for the target, holds a bounded number of bytes, and answers keepalives by itself.
+An error ends the stream; `start` begins it again.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from collections import deque
 import psycopg
 from psycopg import pq
 from psycopg.conninfo import make_conninfo
+from psycopg.errors import error_from_result
 
-from mover.core.changes import Begin, Commit, Delete, Insert, Message, Piece, Relation, RowChange, Update
-from mover.core.errors import SlotLost, Unreachable
+from mover.core.changes import Begin, Change, Commit, Delete, Insert, Message, Piece, Relation, Update
+from mover.core.errors import MoverError, SlotLost, Unreachable
 from mover.core.ids import Lsn
 from mover.core.pgoutput import Decoder
 from mover.core.walsender import HEADER_BYTES, ProtocolViolation, parse_keepalive, status_update
 from mover.postgres.connect import Database
+from mover.postgres.errors import ServerError, translated
 from mover.postgres.marks import MARK_PREFIX, TRUNCATE_PREFIX, parse_truncated
 
-QUEUE_LIMIT_BYTES = 24 << 20
+QUEUE_LIMIT_BYTES = 32 << 20
 PIECE_BYTES = 4 << 20
-MESSAGES_PER_TURN = 2_000  # then the event loop gets its turn; about 10 ms of decoding
+# What Python adds to the bytes of a message: measured, so that the limits above are of memory.
+CHANGE_BYTES, VALUE_BYTES = 180, 38
+MESSAGES_PER_TURN = 500  # then the event loop gets its turn; about 5 ms of decoding
 STATUS_INTERVAL_S = 5.0
 
 
@@ -34,6 +39,7 @@ class WalStream:
     def __init__(self, database: Database, slot: str, publication: str) -> None:
         self._database, self._slot, self._publication = database, slot, publication
         self._conn: pq.abc.PGconn | None = None
+        self._socket = -1  # libpq forgets it when the connection breaks
         self._loop = asyncio.get_running_loop()
         self._confirmed = Lsn(0)
         self._reset()
@@ -45,7 +51,7 @@ class WalStream:
         self._arrived = asyncio.Event()
         self._error: Exception | None = None
         self._begin: Begin | None = None
-        self._changes: list[RowChange] = []
+        self._changes: list[Change] = []
         self._marks: list[str] = []
         self._open_bytes = 0
         self._idle_lsn = Lsn(0)
@@ -61,11 +67,14 @@ class WalStream:
         self._reset()
         self._confirmed = after
         await self._release_slot(after)
-        conn = await self._connect()
-        self._conn = conn
         options = f"proto_version '1', publication_names '{self._publication}', messages 'true'"
         command = f'START_REPLICATION SLOT "{self._slot}" LOGICAL {after} ({options})'
-        await self._send_query(conn, command.encode())
+        try:
+            conn = await self._connect()
+            await self._send_query(conn, command.encode())
+        except psycopg.Error as error:
+            raise self._broken() from error
+        self._conn, self._socket = conn, conn.socket
         self._resume_reading()
         self._beat()
 
@@ -106,7 +115,7 @@ class WalStream:
         conn, self._conn = self._conn, None
         if conn is None:
             return
-        self._pause_reading(conn)
+        self._pause_reading()
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         conn.finish()
@@ -173,18 +182,29 @@ class WalStream:
             conn.consume_input()
         result = conn.get_result()
         if result is None or result.status != pq.ExecStatus.COPY_BOTH:
-            raise SlotLost(f"slot {self._slot} cannot be read", hint=_SLOT_HINT)
+            raise self._refusal(result)
+
+    def _refusal(self, result: pq.abc.PGresult | None) -> MoverError:
+        """Why the server does not stream any longer."""
+        if result is None or result.status != pq.ExecStatus.FATAL_ERROR:
+            return Unreachable(f"{self._database.label}: the source ended the change stream")
+        error = error_from_result(result)
+        if error.sqlstate in _SLOT_LOST:
+            return SlotLost(f"slot {self._slot} cannot be read (SQLSTATE {error.sqlstate})", hint=_SLOT_HINT)
+        return translated(error, self._database.label)
+
+    def _broken(self) -> Unreachable:
+        return Unreachable(f"{self._database.label}: the replication connection broke")
 
     def _resume_reading(self) -> None:
-        assert self._conn is not None
         self._reading = True
-        self._loop.add_reader(self._conn.socket, self._on_readable)
+        self._loop.add_reader(self._socket, self._on_readable)
         # libpq may already hold input that the socket will not announce again
         self._turn = self._loop.call_soon(self._read)
 
-    def _pause_reading(self, conn: pq.abc.PGconn) -> None:
+    def _pause_reading(self) -> None:
         self._reading = False
-        self._loop.remove_reader(conn.socket)
+        self._loop.remove_reader(self._socket)
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
@@ -196,7 +216,7 @@ class WalStream:
             if self._conn is not None:
                 self._conn.consume_input()
         except psycopg.Error:
-            self._fail(Unreachable(f"{self._database.label}: the replication connection broke"))
+            self._fail(self._broken())
             return
         self._read()
 
@@ -211,36 +231,38 @@ class WalStream:
                 if length == 0:
                     return
                 if length < 0:
-                    raise Unreachable(f"{self._database.label}: the source ended the change stream")
-                self._frame(bytes(data))
+                    raise self._refusal(self._conn.get_result())
+                self._frame(data)
             self._turn = self._loop.call_soon(self._read)
         except psycopg.Error:
-            self._fail(Unreachable(f"{self._database.label}: the replication connection broke"))
-        except (ProtocolViolation, Unreachable) as error:
+            self._fail(self._broken())
+        except ProtocolViolation as error:
+            self._fail(ServerError(f"{self._database.label}: the change stream is malformed: {error}"))
+        except Exception as error:  # a callback has no caller: whoever waits must hear of it
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self._error = error
-        if self._conn is not None:
-            self._pause_reading(self._conn)
+        self._pause_reading()
         self._arrived.set()
 
-    def _frame(self, frame: bytes) -> None:
-        if frame[:1] == b"k":
-            keepalive = parse_keepalive(frame)
+    def _frame(self, frame: memoryview) -> None:
+        if frame[0] == _KEEPALIVE:
+            keepalive = parse_keepalive(bytes(frame))
             self._idle_lsn = max(self._idle_lsn, keepalive.wal_end)
             if keepalive.reply_requested:
                 self._send_status()
             return
-        change = self._decoder.decode(frame[HEADER_BYTES:])
+        change = self._decoder.decode(bytes(frame[HEADER_BYTES:]))
         match change:
-            case Insert() | Update() | Delete():
+            case Insert(relation) | Update(relation) | Delete(relation):
                 self._changes.append(change)
-                self._open_bytes += len(frame)
+                self._open_bytes += len(frame) + CHANGE_BYTES + VALUE_BYTES * len(relation.columns)
                 if self._open_bytes >= PIECE_BYTES:
                     self._close_piece(None)
             case Begin():
                 self._begin = change
+                self._open_bytes = CHANGE_BYTES
             case Commit(_, end_lsn):
                 self._close_piece(end_lsn)
                 self._begin = None
@@ -250,8 +272,10 @@ class WalStream:
                 pass
 
     def _message(self, message: Message) -> None:
+        if not message.transactional:  # ours all are; it stands outside any transaction
+            return
         if message.prefix == MARK_PREFIX:
-            self._marks.append(message.content.decode())
+            self._marks.append(message.content.decode(errors="replace"))
         elif message.prefix == TRUNCATE_PREFIX and (truncated := parse_truncated(message.content)):
             self._changes.append(truncated)
 
@@ -271,7 +295,7 @@ class WalStream:
         self._queued_bytes += piece.size_bytes
         self._arrived.set()
         if self._queued_bytes >= QUEUE_LIMIT_BYTES and self._conn is not None:
-            self._pause_reading(self._conn)
+            self._pause_reading()
 
     def _beat(self) -> None:
         """wal_sender_timeout counts from our last answer, also while we do not read."""
@@ -285,9 +309,12 @@ class WalStream:
             self._conn.put_copy_data(status_update(self._confirmed, time.time_ns() // 1000))
             self._conn.flush()
         except psycopg.Error:
-            self._fail(Unreachable(f"{self._database.label}: the replication connection broke"))
+            self._fail(self._broken())
 
 
+_KEEPALIVE = ord("k")
+# The slot or the publication is gone, the slot was invalidated, its WAL was removed.
+_SLOT_LOST = {"42704", "55000", "58P01"}
 _SLOT_STATE = (
     "SELECT active_pid, confirmed_flush_lsn::text, wal_status FROM pg_replication_slots WHERE slot_name = %s"
 )

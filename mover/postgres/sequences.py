@@ -7,7 +7,7 @@ was set by `setval(…, false)` has given out everything before that value, thou
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any

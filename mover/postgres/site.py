@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
-from mover.core.errors import SchemaChanged
+from mover.core.crash import reach
+from mover.core.errors import NotReady, SchemaChanged, Unreachable
 from mover.core.facts import Tenancy
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.migration import Place
@@ -25,6 +26,10 @@ from mover.postgres.removal import remove_rows
 from mover.postgres.replication import WalStream
 from mover.postgres.sequences import PgSequences
 from mover.postgres.writer import Writer
+
+# Connections of a side that are open beside the copy workers': stream, marks, snapshot holder, two
+# readers, the fence's holder, and one for whatever is asked in between.
+BESIDE_WORKERS = 7
 
 
 @dataclass
@@ -54,9 +59,12 @@ class PgSite:
         return PgFence(database, self.tenant, place.vertical, self.identity, self.budget_s)
 
     async def preflight(self) -> Plan:
-        facts = await gather(
-            self.source, self.target, self.source_place, self.target_place, self.tenancy, self.tenant
-        )
+        try:
+            facts = await gather(
+                self.source, self.target, self.source_place, self.target_place, self.tenancy, self.tenant
+            )
+        except Unreachable as error:
+            raise NotReady(error.message, error.where, error.hint) from error
         return judge(facts)
 
     async def provision(self) -> None:
@@ -90,12 +98,15 @@ class PgSite:
 
     async def guard(self, shape: Shape, say: Say) -> None:
         await self.target_fence.install(_tables(shape, Side.TARGET), "closed", say)
+        reach("guards.target")
         await self.source_fence.install(_tables(shape, Side.SOURCE), "open", say)
 
     async def publish(self, shape: Shape, say: Say) -> None:
         migration = self.identity.migration
         await publication.create_publication(self.source, migration, shape.tables, self.tenant, say)
+        reach("stream.published")
         start = await publication.create_slot(self.source, migration, say)
+        reach("stream.slot")
         await publication.store_start(self.target, self.identity, start)
 
     def sequences(self, shape: Shape) -> AbstractAsyncContextManager[PgSequences]:
@@ -157,6 +168,7 @@ class PgSite:
     async def forget(self) -> None:
         for database in (self.target, self.source):
             await agent.forget(database, self.identity.migration)
+            reach(f"forgotten.{database.label}")
 
     async def refused_writes(self) -> int:
         if await self.source_fence.state() == "absent":  # gone, or a later migration's

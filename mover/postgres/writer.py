@@ -8,30 +8,31 @@ Every transaction locks the owner row first, so that a daemon that lost its leas
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
-from psycopg import sql
 
-from mover.core.changes import UNCHANGED, Delete, Insert, Relation, Row, RowChange, Truncated, Update
-from mover.core.compaction import NeedsOrder, NetTable, compact
+from mover.core.changes import Change, Delete, Insert, Relation, Row, RowChange, Update
+from mover.core.compaction import NeedsOrder, NetTable, compact, parts
 from mover.core.copying import CopiedRanges, Key
-from mover.core.copytext import encode_row
 from mover.core.errors import ApplyConflict, SchemaChanged, Where
 from mover.core.ids import Lsn, TableRef, TenantId
+from mover.core.presence import Missing, keys_of, on_target
 from mover.core.snapshot import Snapshot
 from mover.core.tables import Shape
+from mover.ports import ConsistentPoint
 from mover.postgres import owner
 from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
-from mover.postgres.merge import DELETE, INSERT, UPDATE, Merge
+from mover.postgres.layout import Layout, groups_of, stage_blocks, touched
+from mover.postgres.merge import Merge
 
 # Up to here single statements in one network turn are quicker than staging.
 SMALL_BATCH = 200
-ORDERED_PER_TURN = 500
+# What single statements may hold in libpq's buffers at a time.
+TURN_CHANGES, TURN_BYTES = 500, 1 << 20
 MAX_DIRTY_KEYS = 300_000
 _CONFLICTS = ("23",)  # class 23: integrity constraint violation
 
@@ -45,8 +46,10 @@ class Writer:
         self, database: Database, shape: Shape, tenant: TenantId, identity: Identity, conn: Connection
     ) -> None:
         self._database, self._identity, self._conn = database, identity, conn
+        self.tenant = tenant
         self._tenant_text = str(tenant).encode()
         self._merges = {t.source: Merge(t, n, tenant) for n, t in enumerate(shape.tables)}
+        self.moves_by_copy = {ref for ref, merge in self._merges.items() if merge.moves_by_copy}
         self._layouts: dict[int, Layout] = {}
         self._copied: Mapping[TableRef, CopiedRanges] = {}
         self._dirty: dict[TableRef, set[Key]] | None = None
@@ -76,7 +79,7 @@ class Writer:
             stack.enter_context(translate(self._database.label))
             await stack.enter_async_context(self._conn.transaction())
             await owner.hold(self._conn, self._identity)
-            yield Transaction(self, self._conn)
+            yield Transaction(self, self._conn, self._identity)
 
     async def progress(self) -> tuple[Lsn, Snapshot | None]:
         with translate(self._database.label):
@@ -97,164 +100,199 @@ class Writer:
             return None
         return {table: frozenset(keys) for table, keys in self._dirty.items()}
 
+    def merge(self, table: TableRef) -> Merge:
+        return self._merges[table]
+
     def layout(self, relation: Relation) -> Layout:
         """How the stream's rows of `relation` map to the planned table. Raises SchemaChanged."""
-        found = self._layouts.get(id(relation))
+        found = self._layouts.get(relation.oid)
         if found is None or found.relation is not relation:
-            found = self._layouts[id(relation)] = self._new_layout(relation)
+            merge = self._merges.get(relation.table)
+            names = sorted(c.name for c in relation.columns)
+            if (
+                merge is None
+                or names != sorted(c.name for c in merge.table.copied)
+                or (found is not None and _types(found.relation) != _types(relation))
+            ):
+                raise SchemaChanged(
+                    f"{relation.table} has other columns now than when the migration was planned",
+                    where=Where(table=relation.table),
+                    hint="Align the target's table and cancel the migration, then start it again.",
+                )
+            found = self._layouts[relation.oid] = Layout(relation, merge)
         return found
-
-    def _new_layout(self, relation: Relation) -> Layout:
-        merge = self._merges.get(relation.table)
-        names = [c.name for c in relation.columns]
-        if merge is None or sorted(names) != sorted(c.name for c in merge.table.copied):
-            raise SchemaChanged(
-                f"{relation.table} has other columns now than when the migration was planned",
-                where=Where(table=relation.table),
-                hint="Align the target's table and cancel the migration, then start it again.",
-            )
-        return Layout(relation, merge, names)
 
     def copied(self, table: TableRef) -> CopiedRanges:
         return self._copied.get(table, _NOTHING)
 
-    def is_ours(self, layout: Layout, row: Row) -> bool:
-        """The publication's filter should have seen to this; another tenant's row must not pass."""
-        return row[layout.tenant_at] == self._tenant_text
+    def wanted(self, changes: Sequence[RowChange]) -> list[RowChange]:
+        """The changes of tables of which anything is here yet.
 
-    def touch(self, table: TableRef, keys: set[Key]) -> None:
+        The publication's filter has seen to the tenant; a foreign row must not pass all the same."""
+        wanted: list[RowChange] = []
+        relation: Relation | None = None
+        for change in changes:
+            if change.relation is not relation:
+                relation = change.relation
+                tenant_at = self.layout(relation).tenant_at
+                is_here = not self.copied(relation.table).nothing
+            row = change.old if isinstance(change, Delete) else change.new
+            if row[tenant_at] != self._tenant_text:
+                raise ApplyConflict(
+                    f"the stream carried a row of {relation.table} that is not the tenant's",
+                    where=Where(table=relation.table),
+                    hint="Look for other publications or a changed row filter on the source.",
+                )
+            if is_here:
+                wanted.append(change)
+        return wanted
+
+    @property
+    def collects_dirty(self) -> bool:
+        return self._dirty is not None
+
+    def touch(self, table: TableRef, keys: Collection[Key]) -> None:
+        """Remember changed keys, as long as they are not too many."""
         if self._dirty is None:
             return
         known = self._dirty.setdefault(table, set())
         self._dirty_count -= len(known)
-        known |= keys
+        known.update(keys)
         self._dirty_count += len(known)
         if self._dirty_count > MAX_DIRTY_KEYS:
-            self._dirty = None
+            self.touch_everything()
 
-
-@dataclass(slots=True)
-class Layout:
-    """Where the stream's values go."""
-
-    relation: Relation
-    merge: Merge
-    names: list[str]
-    key_at: tuple[int, ...] = field(init=False)
-    tenant_at: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.key_at = tuple(self.names.index(name) for name in self.merge.table.key)
-        self.tenant_at = self.names.index(self.merge.table.tenant_column)
-
-    def key(self, row: Row) -> Key:
-        return tuple(_text(row[at]) for at in self.key_at)
+    def touch_everything(self) -> None:
+        self._dirty = None
 
 
 class Transaction:
     """Implements ports.ApplyTransaction."""
 
-    def __init__(self, writer: Writer, conn: Connection) -> None:
-        self._writer, self._conn = writer, conn
+    def __init__(self, writer: Writer, conn: Connection, identity: Identity) -> None:
+        self._writer, self._conn, self._identity = writer, conn, identity
+        self._missing: Missing = {}
 
     async def advance(self, applied: Lsn, snapshot: Snapshot | None) -> None:
-        await self._conn.execute(
-            _ADVANCE,
-            {
-                "migration": self._writer._identity.migration,
-                "lsn": str(applied),
-                "snapshot": str(snapshot) if snapshot else None,
-            },
-        )
+        facts = {
+            "migration": self._identity.migration,
+            "lsn": str(applied),
+            "snapshot": str(snapshot) if snapshot else None,
+        }
+        await self._conn.execute(_ADVANCE, facts)
 
-    async def apply(self, changes: Sequence[RowChange]) -> None:
-        wanted = [change for change in changes if self._wants(change)]
-        if not wanted:
+    async def apply(self, changes: Sequence[Change]) -> None:
+        for part in parts(changes):
+            if isinstance(part, TableRef):
+                await self._truncate(part)
+            else:
+                await self._apply_rows(self._writer.wanted(part))
+
+    @property
+    def is_missing_rows(self) -> bool:
+        return any(self._missing.values())
+
+    async def fetch_missing(self, point: ConsistentPoint) -> None:
+        for table, keys in self._missing.items():
+            merge = self._writer.merge(table)
+            self._writer.touch(table, keys)
+            async with self._conn.cursor() as cursor, cursor.copy(merge.copy_rows) as copy:
+                async for block in point.rows(merge.table, self._writer.tenant, keys):
+                    await copy.write(block)
+        self._missing.clear()
+
+    async def _truncate(self, table: TableRef) -> None:
+        if self._writer.copied(table).nothing:
             return
-        if len(wanted) <= SMALL_BATCH and all(self._is_whole(change) for change in wanted):
-            await self._in_order(wanted)
-        else:
-            await self._as_sets(wanted)
+        self._writer.touch_everything()
+        self._missing.pop(table, None)
+        await self._conn.execute(self._writer.merge(table).delete_all)
 
-    def _wants(self, change: RowChange) -> bool:
-        """Whether any of the table is here yet; also where a foreign row would be caught."""
-        if isinstance(change, Truncated):
-            return not self._writer.copied(change.table).nothing
-        layout = self._writer.layout(change.relation)
-        if isinstance(change, Insert | Update) and not self._writer.is_ours(layout, change.new):
-            raise ApplyConflict(
-                f"the stream carried a row of {change.relation.table} that is not the tenant's",
-                where=Where(table=change.relation.table),
-                hint="Look for other publications or a changed row filter on the source.",
-            )
-        return not self._writer.copied(change.relation.table).nothing
+    async def _apply_rows(self, changes: list[RowChange]) -> None:
+        """As sets where that is quicker and possible, otherwise in source order."""
+        is_fitted = len(changes) <= SMALL_BATCH or self.is_missing_rows or not self._are_whole(changes)
+        if is_fitted:
+            changes = await self._fit(changes)
+        if len(changes) > SMALL_BATCH and await self._as_sets(changes):
+            return
+        if not is_fitted:
+            changes = await self._fit(changes)
+        for turn in _turns(changes):
+            await self._in_order(turn)
 
-    def _is_whole(self, change: RowChange) -> bool:
-        table = change.table if isinstance(change, Truncated) else change.relation.table
-        return self._writer.copied(table).everything
+    def _are_whole(self, changes: list[RowChange]) -> bool:
+        relations = {id(change.relation): change.relation for change in changes}
+        return all(self._writer.copied(relation.table).everything for relation in relations.values())
 
-    async def _as_sets(self, changes: list[RowChange]) -> None:
+    async def _fit(self, changes: list[RowChange]) -> list[RowChange]:
+        """The changes as this target has to make them, each exactly one row. Once per change only."""
+        keys: dict[TableRef, set[Key]] = {}
+        for change in changes:
+            table = change.relation.table
+            if not self._writer.copied(table).everything:
+                keys.setdefault(table, set()).update(keys_of(change, self._key_of))
+        copied = {table: await self._inside(table, list(found)) for table, found in keys.items()}
+        fitted = on_target(changes, self._key_of, copied, self._missing, self._writer.moves_by_copy)
+        return list(fitted)
+
+    def _key_of(self, relation: Relation, row: Row) -> Key:
+        return self._writer.layout(relation).key(row)
+
+    async def _inside(self, table: TableRef, keys: list[Key]) -> set[Key]:
+        """Those of `keys` that are in the copied ranges: only the server knows their order."""
+        statement = self._writer.merge(table).inside(self._writer.copied(table))
+        async with psycopg.AsyncRawCursor(self._conn) as cursor:
+            await cursor.execute(statement, [list(column) for column in zip(*keys, strict=True)])
+            return {keys[number - 1] for (number,) in await cursor.fetchall()}
+
+    async def _as_sets(self, changes: list[RowChange]) -> bool:
+        """False when the batch has to be replayed in source order; then nothing has happened."""
         try:
             net = compact(changes, lambda relation: self._writer.layout(relation).key_at)
-            async with self._conn.transaction():  # a savepoint: the way back to source order
+            async with self._conn.transaction():  # a savepoint
                 for table in net.values():
                     await self._merge(table)
-            return
         except (NeedsOrder, _Mismatch):
-            pass
+            return False
         except psycopg.Error as error:
             if not (error.sqlstate or "").startswith(_CONFLICTS):
                 raise
-        if not all(self._is_whole(change) for change in changes):
-            raise ApplyConflict(
-                "a change of a half-copied table needs source order",
-                hint="Raise engine.wave_seconds so that the table is copied in one wave.",
-            )
-        await self._in_order(changes)
+            return False
+        return True
 
     async def _merge(self, net: NetTable) -> None:
         layout = self._writer.layout(net.relation)
         merge = layout.merge
-        if net.truncated:
-            await self._conn.execute(merge.delete_all)
-        groups = _groups(net)
-        self._writer.touch(net.relation.table, _touched(layout, net))
+        if self._writer.collects_dirty:
+            self._writer.touch(net.relation.table, touched(layout, net))
+        groups = groups_of(net)
         async with self._conn.cursor() as cursor:
             async with cursor.copy(merge.copy_stage(layout.names)) as copy:
-                for block in _stage_rows(net, groups):
+                for block in stage_blocks(net, groups):
                     await copy.write(block)
-            copied = self._writer.copied(net.relation.table)
-            if not copied.everything:
-                await cursor.execute(merge.drop_uncopied(copied))
             # Deletes first: they free unique values; no cascade fires in replica mode.
             steps = [(merge.delete_staged, len(net.deletes))] if net.deletes else []
             for number, (unsent, keys) in enumerate(groups.items()):
-                sent = [name for at, name in enumerate(layout.names) if at not in unsent]
+                sent = tuple(name for at, name in enumerate(layout.names) if at not in unsent)
                 if merge.assigned(sent):
                     steps.append((merge.update_staged(sent, number), len(keys)))
             if net.inserts:
                 steps.append((merge.insert_staged(layout.names), len(net.inserts)))
             for statement, expected in steps:
                 await cursor.execute(statement)
-                if copied.everything and cursor.rowcount != expected:
+                if cursor.rowcount != expected:
                     raise _Mismatch
             await cursor.execute(merge.clear_stage)
 
     async def _in_order(self, changes: list[RowChange]) -> None:
-        for start in range(0, len(changes), ORDERED_PER_TURN):
-            await self._turn(changes[start : start + ORDERED_PER_TURN])
-
-    async def _turn(self, changes: list[RowChange]) -> None:
-        """Single statements, all sent before the first answer is read."""
-        sent: list[tuple[TableRef, psycopg.AsyncCursor[tuple[Any, ...]]]] = []
+        """Single statements, all sent before the last answers are read."""
+        sent: list[tuple[TableRef, psycopg.AsyncRawCursor[tuple[Any, ...]]]] = []
         async with self._conn.pipeline():
             for change in changes:
-                if isinstance(change, Truncated):
-                    await self._conn.execute(self._writer._merges[change.table].delete_all)
-                    self._writer._dirty = None
-                    continue
-                for statement, parameters in self._statements(change):
-                    cursor = await self._conn.execute(statement, parameters)
+                statement, parameters = self._statement(change)
+                if statement is not None:
+                    cursor = psycopg.AsyncRawCursor(self._conn)
+                    await cursor.execute(statement, parameters)
                     sent.append((change.relation.table, cursor))
         for table, cursor in sent:
             if cursor.rowcount != 1:
@@ -264,78 +302,47 @@ class Transaction:
                     hint="Somebody wrote to the tenant's rows on the target; cancel and start again.",
                 )
 
-    def _statements(self, change: Insert | Update | Delete) -> list[tuple[sql.Composed, list[str | None]]]:
+    def _statement(self, change: RowChange) -> tuple[bytes | None, Sequence[str | None]]:
         layout = self._writer.layout(change.relation)
-        merge, table = layout.merge, change.relation.table
+        merge = layout.merge
+        if self._writer.collects_dirty:
+            self._writer.touch(change.relation.table, keys_of(change, self._key_of))
         match change:
             case Insert(_, new):
-                if UNCHANGED in new:
-                    raise ApplyConflict(
-                        f"a row of {table} entered the tenant without its large values",
-                        where=Where(table=table),
-                    )
-                self._writer.touch(table, {layout.key(new)})
-                return [(merge.insert_one(layout.names), _texts(new))]
+                return merge.insert_one(layout.names), layout.values(new, layout.names)
             case Delete(_, old):
-                self._writer.touch(table, {layout.key(old)})
-                return [(merge.delete_one, list(layout.key(old)))]
+                return merge.delete_one, layout.key(old)
             case Update(_, old, new):
-                old_key = layout.key(old if old is not None else new)
-                self._writer.touch(table, {old_key, layout.key(new)})
-                names = [n for n, v in zip(layout.names, new, strict=True) if v is not UNCHANGED]
-                by_name = dict(zip(layout.names, new, strict=True))
-                assigned = merge.assigned(names)
-                if not assigned:
-                    return []
-                values = [_text_or_null(by_name[name]) for name in assigned]
-                return [(merge.update_one(names), [*values, *old_key])]
+                names = layout.sent(new)
+                if not merge.assigned(names):
+                    return None, ()
+                values = layout.values(new, merge.used_by_update(names))
+                return merge.update_one(names), [*values, *layout.key(new if old is None else old)]
 
 
 class _Mismatch(Exception):
     """A set statement did not touch as many rows as were staged."""
 
 
-def _groups(net: NetTable) -> dict[frozenset[int], list[Any]]:
-    """The updates' keys by the columns that were not sent; the position is the group's number."""
-    groups: dict[frozenset[int], list[Any]] = {}
-    for key, row in net.updates.items():
-        unsent = frozenset(at for at, v in enumerate(row) if v is UNCHANGED) if UNCHANGED in row else _ALL
-        groups.setdefault(unsent, []).append(key)
-    return groups
+def _turns(changes: list[RowChange]) -> Iterator[list[RowChange]]:
+    """The changes cut so that a turn's statements stay small enough to be sent at once."""
+    turn: list[RowChange] = []
+    size = 0
+    for change in changes:
+        turn.append(change)
+        row = change.old if isinstance(change, Delete) else change.new
+        size += sum(len(value) for value in row if isinstance(value, bytes))
+        if len(turn) >= TURN_CHANGES or size >= TURN_BYTES:
+            yield turn
+            turn, size = [], 0
+    if turn:
+        yield turn
 
 
-def _stage_rows(net: NetTable, groups: Mapping[frozenset[int], list[Any]]) -> list[bytes]:
-    """COPY text blocks of all staged rows."""
-    lines: list[bytes] = []
-    for number, keys in enumerate(groups.values()):
-        op = b"%d" % (UPDATE + number)
-        lines += [encode_row([op, *net.updates[key]]) for key in keys]
-    lines += [encode_row([b"%d" % INSERT, *row]) for row in net.inserts.values()]
-    for row in net.deletes.values():
-        keep = [value if at in net.key_at else None for at, value in enumerate(row)]
-        lines.append(encode_row([b"%d" % DELETE, *keep]))
-    return [b"".join(lines[start : start + 1000]) for start in range(0, len(lines), 1000)]
+def _types(relation: Relation) -> list[tuple[str, int, int]]:
+    return sorted((c.name, c.type_oid, c.type_modifier) for c in relation.columns)
 
 
-def _touched(layout: Layout, net: NetTable) -> set[Key]:
-    rows = (*net.inserts.values(), *net.updates.values(), *net.deletes.values())
-    return {layout.key(row) for row in rows}
-
-
-def _text(value: object) -> str:
-    assert isinstance(value, bytes)  # a key's columns are NOT NULL and always sent
-    return value.decode()
-
-
-def _text_or_null(value: object) -> str | None:
-    return None if value is None else _text(value)
-
-
-def _texts(row: Row) -> list[str | None]:
-    return [_text_or_null(value) for value in row]
-
-
-_ALL: frozenset[int] = frozenset()
 _NOTHING = CopiedRanges(())
 _READ_PROGRESS = "SELECT applied_lsn::text, snapshot FROM mover.progress WHERE migration = %s"
 # Never moves backwards: a replayed batch leaves the row as it was.

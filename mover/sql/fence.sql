@@ -168,7 +168,9 @@ SELECT coalesce('pid ' || l.pid, 'prepared transaction ' || p.transaction),
        extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared))::float8 AS age
   FROM pg_locks l
   LEFT JOIN pg_stat_activity a USING (pid)
-  LEFT JOIN pg_prepared_xacts p ON l.pid IS NULL AND l.virtualtransaction = '-1/' || p.transaction
+  LEFT JOIN pg_locks x ON l.pid IS NULL AND x.pid IS NULL AND x.locktype = 'transactionid'
+        AND x.virtualtransaction = l.virtualtransaction
+  LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid
  WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
    AND l.classid::bigint = (%(key)s::bigint >> 32) & 4294967295

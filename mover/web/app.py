@@ -263,7 +263,8 @@ async def _answer_errors(
     except Exception:
         _log.exception("a request failed", action="request", path=request.path)
         response = internal_response()
-    _log.info(
+    say = _log.debug if request.method == "GET" else _log.info  # those who watch ask often
+    say(
         "request",
         action="request",
         method=request.method,

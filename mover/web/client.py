@@ -23,9 +23,11 @@ Json: TypeAlias = dict[str, Any]
 
 @dataclass(eq=False)
 class ApiError(MoverError):
-    """The daemon said no; `status` is HTTP's, `reasons` has one sentence for each wrong field."""
+    """The daemon said no; `status` and `kind` are HTTP's and the error object's, `reasons` has one
+    sentence for each wrong field."""
 
     status: int = 0
+    kind: str = ""
     reasons: tuple[str, ...] = ()
 
     code = "api"
@@ -135,4 +137,4 @@ def _refusal(status: int, answer: Json) -> ApiError:
         reasons = tuple(f"{wrong['field']}: {wrong['message']}" for wrong in answer["errors"])
         return ApiError("the request is refused", status=status, reasons=reasons)
     error = answer["error"]
-    return ApiError(error["message"], hint=error.get("hint"), status=status)
+    return ApiError(error["message"], hint=error.get("hint"), status=status, kind=error["code"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -15,15 +15,15 @@ from tests.support.fencing import (
     Fenced,
     Ledger,
     all_held,
+    change_triggers,
     fenced,
     insert,
     leave,
-    on_item,
     open_transactions,
     replace_guard,
-    replica,
 )
 
+Weaken = Callable[[Fenced], Awaitable[None]]
 VERSIONS = ("pg16", "pg18")
 
 
@@ -34,25 +34,25 @@ def url(request, make_database, monkeypatch) -> str:
     return make_database(request.getfixturevalue(request.param))
 
 
-def reads_the_row(world: Fenced) -> None:
-    replace_guard(
+async def reads_the_row(world: Fenced) -> None:
+    await replace_guard(
         world,
-        f"SELECT last_value INTO state FROM mover.state_{world.fence.name}",
+        r"SELECT last_value INTO state FROM mover\.state_\w+",
         "SELECT array_position('{open,closed,aborted,moved}'::text[], f.state) INTO state"
         f" FROM mover.fence f WHERE name = '{world.fence.name}'",
     )
 
 
-def takes_no_lock(world: Fenced) -> None:
-    replace_guard(world, f"NOT pg_try_advisory_xact_lock_shared('{world.fence.key}')", "false")
+async def takes_no_lock(world: Fenced) -> None:
+    await replace_guard(world, r"NOT pg_try_advisory_xact_lock_shared\([^)]+\)", "false")
 
 
-def sleeps_on_replicas(world: Fenced) -> None:
-    on_item(world, "ALTER TABLE app.item ENABLE TRIGGER {insert}")
+async def sleeps_on_replicas(world: Fenced) -> None:
+    await change_triggers(world, "ALTER TABLE app.item ENABLE TRIGGER {insert}")
 
 
-def looks_at_new_only(world: Fenced) -> None:
-    on_item(
+async def looks_at_new_only(world: Fenced) -> None:
+    await change_triggers(
         world,
         "CREATE OR REPLACE TRIGGER {update} AFTER UPDATE ON app.item FOR EACH ROW"
         " WHEN (NEW.tenant_id = {tenant}) EXECUTE FUNCTION {guard}();"
@@ -60,7 +60,7 @@ def looks_at_new_only(world: Fenced) -> None:
     )
 
 
-async def close_under_writers(world: Fenced, ledger: Ledger, weaken: Callable[[Fenced], None] | None) -> str:
+async def close_under_writers(world: Fenced, ledger: Ledger, weaken: Weaken | None) -> str:
     """close -> move_away while writers of all kinds are at work; the mark."""
     async with (
         asyncio.TaskGroup() as busy,
@@ -71,20 +71,21 @@ async def close_under_writers(world: Fenced, ledger: Ledger, weaken: Callable[[F
             busy.create_task(ledger.write_until_refused(world, number))
         await world.fence.get_ready()
         if weaken is not None:
-            weaken(world)
+            await weaken(world)
         for transaction in flying:
             await transaction.write()
         closing = asyncio.create_task(world.fence.close(lock_timeout_s=5))
-        while not closing.done() and not world.fence_is_waited_for():
-            await asyncio.sleep(0)
+        while not closing.done() and not await world.mover_waits():
+            pass
         for transaction in flying:
             await transaction.commit(ledger)
         mark = await closing
         tasks = [busy.create_task(transaction.write_and_commit(ledger)) for transaction in late]
         await all_held(world, late, tasks)
         await others_write_freely(world)
-        ledger.at_mark = world.notes()
+        ledger.at_mark = await world.notes()
         await world.fence.move_away()
+        ledger.over = True
     return mark
 
 
@@ -94,12 +95,12 @@ async def others_write_freely(world: Fenced) -> None:
             await conn.execute("INSERT INTO app.item (tenant_id, note) VALUES (%s, 'other')", (OTHER,))
 
 
-async def leaks(world: Fenced, weaken: Callable[[Fenced], None] | None = None) -> list[str]:
+async def leaks(world: Fenced, weaken: Weaken | None = None) -> list[str]:
     """What the cutover let through."""
     ledger = Ledger()
     mark = await close_under_writers(world, ledger, weaken)
     found = [f"acknowledged behind the mark: {token}" for token in ledger.acknowledged - ledger.at_mark]
-    if count := world.changes_behind(mark):
+    if count := await world.changes_behind(mark):
         found.append(f"{count} changes behind the mark")
     for error in ledger.refused:
         assert error.diag.message_primary == f"tenant {TENANT} has moved"

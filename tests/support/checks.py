@@ -6,7 +6,7 @@ the other side compares equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -29,13 +29,13 @@ class Multiset:
     columns: tuple[str, ...]
 
 
-def _connect(url: str) -> psycopg.Connection:
+def connect(url: str) -> psycopg.Connection:
     return psycopg.connect(url, autocommit=True, options=TEXT_OPTIONS, application_name="checks")
 
 
 def tenant_tables(url: str, schemas: Iterable[str], tenant_column: str = "tenant_id") -> list[Table]:
     """The ordinary and partitioned tables that have the tenant column."""
-    with _connect(url) as conn:
+    with connect(url) as conn:
         return conn.execute(
             """
             select n.nspname, c.relname
@@ -58,10 +58,9 @@ def tenant_multiset(
     url: str, schema: str, table: str, tenant: UUID | str, tenant_column: str = "tenant_id"
 ) -> Multiset:
     """The tenant's rows of one table."""
-    with _connect(url) as conn:
-        return _multiset(
-            conn, (schema, table), sql.SQL("{} = %s").format(sql.Identifier(tenant_column)), tenant
-        )
+    with connect(url) as conn:
+        condition = sql.SQL("{} = %s").format(sql.Identifier(tenant_column))
+        return multiset(conn, (schema, table), condition, [str(tenant)])
 
 
 def tenant_fingerprints(url: str, tables: Iterable[Table], tenant: UUID | str) -> dict[Table, Multiset]:
@@ -82,17 +81,22 @@ def assert_tenant_equal(
 
 
 def other_tenants_fingerprint(
-    url: str, tables: Iterable[Table], tenant: UUID | str, tenant_column: str = "tenant_id"
+    url: str, tables: Iterable[Table], *tenants: UUID | str, tenant_column: str = "tenant_id"
 ) -> dict[Table, Multiset]:
-    """All rows but the tenant's; equal before and after when nobody else was touched."""
-    others = sql.SQL("{} is distinct from %s").format(sql.Identifier(tenant_column))
-    with _connect(url) as conn:
-        return {table: _multiset(conn, table, others, tenant) for table in tables}
+    """All rows but those tenants'; equal before and after when nobody else was touched."""
+    others = sql.SQL("({} = any(%s)) is not true").format(sql.Identifier(tenant_column))
+    parameters = [[UUID(str(tenant)) for tenant in tenants]]
+    with connect(url) as conn:
+        return {table: multiset(conn, table, others, parameters) for table in tables}
 
 
-def _multiset(
-    conn: psycopg.Connection, table: Table, condition: sql.Composed, tenant: UUID | str
+def multiset(
+    conn: psycopg.Connection,
+    table: Table,
+    condition: sql.Composable,
+    parameters: Sequence[object] | Mapping[str, object],
 ) -> Multiset:
+    """The rows of one table for which `condition` holds."""
     names = conn.execute(
         """
         select a.attname
@@ -115,7 +119,7 @@ def _multiset(
         table=sql.Identifier(*table),
         condition=condition,
     )
-    count, digest = conn.execute(query, (str(tenant),)).fetchone()
+    count, digest = conn.execute(query, parameters).fetchone()
     return Multiset(count, digest, columns)
 
 
@@ -168,7 +172,7 @@ def leftovers(url: str, *, tombstone: bool = False) -> list[str]:
 
     With `tombstone`, guards and what is in the schema `mover` may be there."""
     found = []
-    with _connect(url) as conn:
+    with connect(url) as conn:
         for kind, query in LEFTOVERS.items():
             for (name,) in conn.execute(query):
                 if not (tombstone and kind in TOMBSTONE_KINDS and _belongs_to_tombstone(kind, name)):

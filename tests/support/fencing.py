@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -83,40 +84,42 @@ class Fenced:
         assert database.identity is not None
         return PgFence(database, TENANT, "core", database.identity, self.hold_s)
 
-    def ask(self, query: str, *parameters: object) -> list[tuple]:
-        with psycopg.connect(self.url, autocommit=True) as conn:
-            cursor = conn.execute(query, parameters)
-            return cursor.fetchall() if cursor.description else []
+    async def ask(self, query: str | sql.Composed, *parameters: object) -> list[tuple]:
+        async with await Connection.connect(self.url, autocommit=True) as conn:
+            cursor = await conn.execute(query, parameters or None)
+            return await cursor.fetchall() if cursor.description else []
 
-    def waiting(self) -> set[int]:
+    async def waiting(self) -> set[int]:
         """Backends that the fence keeps waiting."""
         return {
             pid
-            for (pid,) in self.ask(
+            for (pid,) in await self.ask(
                 "SELECT pid FROM pg_stat_activity WHERE wait_event IN ('advisory', 'PgSleep')"
                 " AND datname = current_database()"
             )
         }
 
-    def fence_is_waited_for(self) -> bool:
+    async def mover_waits(self) -> bool:
         """Whether the mover waits for the tenant's writers."""
         query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND mode = %s"
-        return self.ask(query, "ExclusiveLock")[0][0] > 0
+        return (await self.ask(query, "ExclusiveLock"))[0][0] > 0
 
-    def notes(self) -> set[str]:
-        return {note for (note,) in self.ask("SELECT note FROM app.item")}
+    async def notes(self) -> set[str]:
+        return {note for (note,) in await self.ask("SELECT note FROM app.item")}
 
-    def changes_behind(self, mark: str) -> int:
+    async def changes_behind(self, mark: str) -> int:
         """How many of the tenant's rows changed behind the mark, by the WAL."""
         behind, count = False, 0
-        for (data,) in self.ask(CHANGES, self.slot):
+        for (data,) in await self.ask(CHANGES, self.slot):
             behind = behind or (data[:1] == b"M" and mark.encode() in data)
             count += behind and data[:1] in (b"I", b"U", b"D")
         assert behind, "the mark is not in the stream"
         return count
 
     @asynccontextmanager
-    async def connect(self, level: IsolationLevel | None = None, **settings: str) -> AsyncIterator[Connection]:
+    async def connect(
+        self, level: IsolationLevel | None = None, **settings: str
+    ) -> AsyncIterator[Connection]:
         """As the application."""
         options = " ".join(f"-c {name}={value}" for name, value in settings.items())
         async with await Connection.connect(self.app_url, autocommit=True, options=options) as conn:
@@ -130,15 +133,15 @@ async def fenced(url: str, hold_s: float = 5.0, state: str = "open") -> AsyncIte
     identity = Identity(MigrationId(uuid4()), Epoch(1))
     database = Database(Secret(url), "source", identity, limit=20)
     world = Fenced(url, identity, PgFence(database, TENANT, "core", identity, hold_s), hold_s)
-    world.ask(DDL)
+    await world.ask(DDL)
     await agent.install(database, identity)
     await world.fence.install(TABLES, state, quiet)
-    world.ask("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", world.slot)
+    await world.ask("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", world.slot)
     try:
         yield world
     finally:
         await world.fence.let_go()
-        world.ask("SELECT pg_drop_replication_slot(%s)", world.slot)
+        await world.ask("SELECT pg_drop_replication_slot(%s)", world.slot)
 
 
 async def insert(conn: Connection, token: str, row: int) -> None:
@@ -209,6 +212,7 @@ class Ledger:
 
     acknowledged: set[str] = field(default_factory=set)
     refused: list[errors.ReadOnlySqlTransaction] = field(default_factory=list)
+    over: bool = False  # no busy writer begins another transaction
     at_mark: set[str] = field(default_factory=set)  # what is there while the fence is closed
 
     async def write(self, conn: Connection, style: Style, token: str, row: int) -> bool:
@@ -228,7 +232,9 @@ class Ledger:
         style, level = REPEATABLE[number % len(REPEATABLE)], LEVELS[number % len(LEVELS)]
         async with world.connect(level) as conn:
             count = 0
-            while await self.write(conn, style, f"busy {number}/{count}", 190 + number % 10):
+            while not self.over and await self.write(
+                conn, style, f"busy {number}/{count}", 190 + number % 10
+            ):
                 count += 1
 
 
@@ -285,22 +291,21 @@ async def open_transactions(
 async def all_held(world: Fenced, writers: list[OpenTransaction], tasks: list[asyncio.Task[None]]) -> None:
     """Until each writer either waits at the fence or has ended."""
     while True:
-        waiting = await asyncio.to_thread(world.waiting)
+        waiting = await world.waiting()
         if all(task.done() or w.pid in waiting for w, task in zip(writers, tasks, strict=True)):
             return
 
 
-def replace_guard(world: Fenced, old: str, new: str) -> None:
-    """Weaken the guard function: exactly `old` becomes `new`."""
-    name = f"mover.guard_{world.fence.name}"
-    ((text,),) = world.ask("SELECT pg_get_functiondef(%s::regproc)", name)
-    assert old in text
-    world.ask(text.replace(old, new).replace("%", "%%"))
+async def replace_guard(world: Fenced, old: str, new: str) -> None:
+    """Weaken the guard function: what matches `old` becomes `new`."""
+    ((text,),) = await world.ask("SELECT pg_get_functiondef(%s::regproc)", f"mover.guard_{world.fence.name}")
+    weakened, count = re.subn(old, new, text)
+    assert count == 1
+    await world.ask(weakened)
 
 
-def on_item(world: Fenced, statement: str) -> None:
-    """Change the guard triggers of app.item; `{insert}` and `{update}` are their names."""
+async def change_triggers(world: Fenced, statement: str) -> None:
+    """Weaken the triggers of app.item; `{insert}` and `{update}` are their names."""
     names = {op: sql.Identifier(f"mover_guard_{world.fence.name}_{op}") for op in ("insert", "update")}
     guard = sql.Identifier("mover", f"guard_{world.fence.name}")
-    with psycopg.connect(world.url, autocommit=True) as conn:
-        conn.execute(sql.SQL(statement).format(guard=guard, tenant=sql.Literal(str(TENANT)), **names))
+    await world.ask(sql.SQL(statement).format(guard=guard, tenant=sql.Literal(str(TENANT)), **names))

@@ -1,0 +1,146 @@
+"""A tenant moves between two live servers while its application writes: every kind of place and way."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+import redis
+
+from mover.core.ids import Epoch, MigrationId
+from mover.core.secret import Secret
+from mover.demo.schema import schemas
+from mover.postgres.connect import Database, Identity
+from mover.postgres.fence import PgFence
+from tests.acceptance.conftest import neighbours
+from tests.support.acceptance import CORE, ESTATE, Home, clean
+from tests.support.checks import leftovers
+
+
+@pytest.fixture(params=[("pg16", "pg18"), ("pg18", "pg16")], ids=lambda names: "-to-".join(names))
+def servers(request):
+    return tuple(request.getfixturevalue(name) for name in request.param)
+
+
+async def test_into_an_empty_database(servers, make_scene):
+    scene = make_scene(*servers)
+    other = scene.tenants[1].id
+    watch = scene.watch(writers=[other])
+    with redis.Redis.from_url(scene.redis_url) as cache:
+        cache.set(f"tenant:{scene.tenant}:routing", "core")
+        async with scene.daemon() as stage:
+            async with scene.writing(others=[other]) as workload:
+                await watch.submit(stage)
+                await watch.until("completed", "failed")
+        assert cache.get(f"tenant:{scene.tenant}:routing") is None
+    clean(workload.report())
+    watch.check_completed()
+    evidence = watch.row["progress"]["evidence"]
+    assert evidence["source_root"] == evidence["target_root"]
+
+
+@pytest.mark.parametrize("first_key", [0, 1_000_000], ids=["sequences behind", "sequences ahead"])
+async def test_into_a_database_with_other_tenants_that_write_too(servers, make_scene, first_key):
+    scene = make_scene(*servers, shared=True, first_key=first_key)
+    others = [scene.tenants[1].id, neighbours()[0].id, neighbours()[1].id]
+    watch = scene.watch(writers=others)
+    async with scene.daemon() as stage:
+        async with scene.writing(others=others) as workload:
+            await watch.submit(stage)
+            await watch.until("completed", "failed")
+    clean(workload.report())
+    watch.check_completed()
+
+
+async def test_there_and_back_and_there_again(pg16, pg18, make_scene):
+    """The tombstone of a departure is not in the way of a return."""
+    scene = make_scene(pg16, pg18)
+    async with scene.daemon() as stage, scene.writing(tps=60) as workload:
+        for source, target in ((CORE, ESTATE), (ESTATE, CORE), (CORE, ESTATE)):
+            watch = scene.watch(source, target)
+            await watch.submit(stage)
+            await watch.until("completed", "failed")
+            watch.check_rows()
+    clean(workload.report())
+    watch.check_completed()
+
+
+async def test_two_tenants_at_once_share_the_replica_identity(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18, shared=True)
+    first, second = scene.tenants[1].id, scene.tenant
+    watches = [scene.watch(tenant=first, writers=[second]), scene.watch(tenant=second, writers=[first])]
+    async with scene.daemon() as stage:
+        async with scene.writing([second, first]) as workload:
+            with holding_off(scene.homes[CORE], second):
+                for watch in watches:
+                    await watch.submit(stage)
+                await watches[0].until("completed", "failed")
+                assert identities(scene.homes[CORE]) == {"i"}
+                await watches[1].until_row(lambda row: row["phase"] == "cutover")
+                assert watches[1].row["switched_at"] is None
+            await watches[1].until("completed", "failed")
+    clean(workload.report())
+    for watch in watches:
+        watch.check_completed()
+    assert identities(scene.homes[CORE]) == {"d"}
+
+
+async def test_in_waves_too_short_for_a_second_chunk(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    watch = scene.watch()
+    async with scene.daemon(wave_seconds=0.001) as stage:
+        async with scene.writing() as workload:
+            await watch.submit(stage)
+            await watch.until("completed", "failed")
+    clean(workload.report())
+    watch.check_completed()
+
+
+async def test_a_dry_run_leaves_nothing(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    async with scene.daemon() as stage:
+        where = ["--tenant", str(scene.tenant), "--to-vertical", ESTATE, "--to-tier", "database"]
+        code, output = await stage.run("migrate", *where, "--dry-run", "--json")
+    assert code == 0, output
+    plan = json.loads(output)
+    assert plan["refusals"] == []
+    assert len(plan["tables"]) == len(scene.homes[CORE].tables)
+    assert [leftovers(home.url) for home in scene.homes.values()] == [[], []]
+    assert scene.homes[ESTATE].tables == []
+    assert scene.platform.execute("select count(*) from platform.tenant_migrations") == [(0,)]
+
+
+async def test_a_refused_migration_fails_with_every_reason_and_leaves_nothing(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    watch = scene.watch()
+    scene.homes[CORE].execute("create table core_dms.logs (line text)")
+    scene.homes[CORE].execute("alter table core_crm.deals drop constraint deals_pkey")
+    async with scene.daemon() as stage:
+        await watch.submit(stage)
+        await watch.until("failed", "completed")
+    watch.check_undone("failed")
+    assert watch.row["error"]["code"] == "refused"
+    assert "core_dms.logs" in watch.row["error"]["message"]
+    assert "core_crm.deals" in watch.row["error"]["message"]
+
+
+@contextmanager
+def holding_off(home: Home, tenant):
+    """A cutover gives up as long as somebody holds what an open transaction of the tenant's holds."""
+    nobody = Identity(MigrationId(tenant), Epoch(0))
+    fence = PgFence(Database(Secret(home.url), "test"), tenant, home.vertical, nobody, 1)
+    with psycopg.connect(home.url, autocommit=True) as conn:
+        conn.execute("select pg_advisory_lock_shared(%s)", (fence.key,))
+        yield
+
+
+def identities(home: Home) -> set[str]:
+    """How the tables' rows are identified in the change stream."""
+    rows = home.execute(
+        "select distinct relreplident from pg_class c join pg_namespace n on n.oid = relnamespace"
+        " where nspname = any(%s) and relkind = 'r'",
+        list(schemas(home.vertical).values()),
+    )
+    return {identity for (identity,) in rows}
