@@ -201,17 +201,16 @@ def _token(file: Path | None) -> str:
 
 
 async def _demo(args: argparse.Namespace) -> Exit:
-    try:
-        from mover.demo.main import Options, run
-    except ImportError as error:
-        raise UsageError(
-            f"the demo's servers are not installed ({error.name})", hint="pip install 'tenant-mover[demo]'"
-        ) from error
+    from mover.demo.main import Options, run  # the other commands start without what it needs
+    from mover.demo.process import ServerFailed
+
     options = Options(rows=args.rows, tps=args.tps, keep=args.keep, json=args.json)
     demo = asyncio.ensure_future(run(options))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, demo.cancel)  # as Ctrl-C: clean up
     try:
         return Exit.DONE if await demo else Exit.FAILED
+    except ServerFailed as error:
+        raise MoverError(str(error), hint="pip install 'tenant-mover[demo]' brings servers along.") from error
     except asyncio.CancelledError:
         _err.print("Stopped; the demo's servers and their data are removed.")
         return Exit.FAILED
@@ -293,7 +292,7 @@ async def _serve(args: argparse.Namespace) -> Exit:
     from mover.app import serve
 
     config: Config = load_config(args.config)
-    log.configure()
+    log.configure(level=config.log.level.upper())
     await serve(config)
     return Exit.DONE
 

@@ -229,6 +229,10 @@ class Engine(_Section):
     lease_seconds: float = Field(default=10, ge=1)  # a dead daemon's migrations are taken over after so long
 
 
+class Log(_Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
 class Config(_Section):
     """Everything an operator can set."""
 
@@ -240,6 +244,7 @@ class Config(_Section):
     dedicated: Mapping[UUID, PostgresUrl] = Field(default_factory=dict)
     provisioner: Provisioner = Provisioner()
     engine: Engine = Engine()
+    log: Log = Log()
 
     @model_validator(mode="after")
     def _verticals_fit(self) -> Self:
@@ -427,6 +432,7 @@ def _keys_beside(path: Sequence[str]) -> list[str]:
         "verticals": Vertical,
         "provisioner": Provisioner,
         "engine": Engine,
+        "log": Log,
         "monitoring_hours": MonitoringHours,
     }
     for part in path[:-1]:

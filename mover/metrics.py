@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter as Counts
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from mover.core.changes import Change
 from mover.core.migration import Migration
 from mover.core.states import Phase, Status
 
@@ -137,8 +139,9 @@ class MetricsObserver:
         self._metrics.copy_rows_total.inc(rows)
         self._metrics.copy_bytes_total.inc(size)
 
-    def changes_applied(self, kind: str, count: int) -> None:
-        self._metrics.changes_applied_total.labels(kind).inc(count)
+    def changes_applied(self, changes: Sequence[Change]) -> None:
+        for kind, count in Counts(type(change) for change in changes).items():
+            self._metrics.changes_applied_total.labels(kind.__name__.lower()).inc(count)
 
     def rows_verified(self, rows: int) -> None:
         self._metrics.verify_rows_total.inc(rows)

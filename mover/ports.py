@@ -156,7 +156,9 @@ class Desk(Protocol):
         ...
 
     async def resume(self, migration_id: str, by: str) -> None:
-        """paused -> queued (never begun) or in_progress (begun; any daemon goes on from the journal)."""
+        """paused -> queued (never begun) or in_progress (begun; any daemon goes on from the journal).
+
+        One that waits for a later try, or was halted, is tried again at once. Raises Conflict for others."""
         ...
 
     async def where_is(self, tenant: TenantId) -> tuple[str, Tier, str | None]:

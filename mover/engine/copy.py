@@ -64,14 +64,14 @@ class WaveCopy:
         return remaining
 
     async def _wave(self) -> None:
-        started = self.clock.monotonic()
         touched: dict[MovedTable, None] = {}
         async with AsyncExitStack() as lifetime, self.follower.hold(lifetime) as point:
+            started = self.clock.monotonic()
             queue = await self._queue(point.snapshot_id)
 
             async def work() -> None:
                 async with self.copier.worker(point.snapshot_id) as worker:
-                    while queue and self.clock.monotonic() - started < self.wave_seconds:
+                    while queue:  # one chunk at least: every wave gets on
                         table, chunk = queue.pop(0)
                         touched[table] = None
                         rows, size = await worker.copy(table, chunk)
@@ -79,6 +79,8 @@ class WaveCopy:
                         self.progress.rows_done += rows
                         self.progress.bytes_done += size
                         self.on_chunk(rows, size)
+                        if self.clock.monotonic() - started > self.wave_seconds:
+                            return
 
             with first_error():
                 async with asyncio.TaskGroup() as tasks:

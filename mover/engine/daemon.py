@@ -161,6 +161,13 @@ class Work:
             raise
         except MoverError as error:
             await self._after(error)
+        except Exception as error:
+            # A bug of ours must not become a migration that is claimed again and again for ever.
+            unexpected = MoverError(
+                f"internal error: {type(error).__name__}", hint="The daemon's log has the trace."
+            )
+            unexpected.__cause__ = error
+            await self._after(unexpected)
 
     async def _after(self, error: MoverError) -> None:
         """What the error's remedy says, and nothing else."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -38,6 +38,7 @@ class Follower:
     source: ChangeSource
     target: ApplyTarget
     progress: Progress
+    on_applied: Callable[[Sequence[Change]], None] = lambda changes: None
     applied: Lsn = _START
     _snapshot: Snapshot | None = None
     _snapshot_until: Lsn | None = None  # all that the snapshot sees stands before this
@@ -198,6 +199,7 @@ class Follower:
         if changes:
             await transaction.apply(changes)
             self.progress.changes_applied += len(changes)
+            self.on_applied(changes)
 
     async def _next_piece(self) -> Piece:
         while not (pieces := self.stream.take(0)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ import structlog
 
 from cutover.ports import Cache, Sequences
 from cutover.protocol import Ends, Report, World, cut_over, recover
+from mover.core.changes import Change
 from mover.core.crash import reach
 from mover.core.errors import (
     CutoverAborted,
@@ -27,6 +28,7 @@ from mover.core.errors import (
     OutcomeUnknown,
     Refused,
     Remedy,
+    ServerChanged,
     VerificationFailed,
     Where,
     first_error,
@@ -50,6 +52,8 @@ SMALL_LAG_BYTES = 1 << 20
 CUTOVER_BACKOFF_S = (1.0, 30.0)
 MONITOR_INTERVAL_S = 5.0
 TOMBSTONE_INTERVAL_S = 3600.0
+DAMAGE = "damage_after_switch"  # the note that keeps the source from being cleaned
+SERVERS = "servers"  # the note that keeps which ones they were
 SETTLE_INTERVAL_S = 0.2
 # For a cutover that is being undone or finished when the daemon is told to stop.
 CANCEL_PATIENCE_S = 5.0
@@ -72,6 +76,8 @@ class Observer(Protocol):
     def phase_took(self, phase: Phase, seconds: float) -> None: ...
 
     def chunk_copied(self, rows: int, size: int) -> None: ...
+
+    def changes_applied(self, changes: Sequence[Change]) -> None: ...
 
     def rows_verified(self, rows: int) -> None: ...
 
@@ -172,16 +178,34 @@ class Move:
         return plan
 
     async def _prepare(self, shape: Shape) -> None:
+        await self._step("prepare.servers", self._know_servers)
         await self._step("prepare.ownership", self.site.take_over)
         await self._step("prepare.schemas", self.site.clone_schemas, shape)
         await self._step("prepare.identity", self.site.identify_rows, shape, self._wait_for)
+        await self._step("prepare.sequences", self.site.reserve_sequences, shape)
         await self._step("prepare.guards", self.site.guard, shape, self._wait_for)
         await self._step("prepare.stream", self.site.publish, shape, self._wait_for)
+
+    async def _know_servers(self) -> None:
+        """Keep which servers the migration began with, or check that they still are those.
+
+        A server that was restored or promoted may have lost what was acknowledged on it."""
+        found = dict(await self.site.server_identities())
+        known = (await self.store.load_notes(self.claim)).get(SERVERS)
+        if known is None:
+            await self.store.save_note(self.claim, SERVERS, found)
+        elif known != found:
+            raise ServerChanged(
+                f"another server than the migration began with: {known} then, {found} now",
+                hint="A standby was promoted or a backup restored. Cancel the migration and start it again.",
+            )
 
     async def _transfer(self, shape: Shape) -> None:
         """Rows flow: copy, follow, prove, switch. One follower serves all four."""
         async with self.site.link(shape) as link, AsyncExitStack() as closing:
-            follower = self.follower = Follower(link.stream, link.source, link.target, self.progress)
+            follower = self.follower = Follower(
+                link.stream, link.source, link.target, self.progress, self.observer.changes_applied
+            )
             closing.push_async_callback(link.stream.close)
             verification = self._verification_of(shape, link, follower)
             closing.push_async_callback(verification.close)
@@ -279,6 +303,7 @@ class Move:
         while True:
             await self._catch_up(follower)
             await verification.until_small()
+            await self._know_servers()
             try:
                 report = await _to_the_end(cut_over(world, self.limits.pause_budget_s))
             except CutoverAborted as error:
@@ -323,6 +348,7 @@ class Move:
             verdict = await verification.complete()
         except VerificationFailed as error:
             await self.store.end_step(self.claim, "cutover.complete_comparison", detail=str(error), ok=False)
+            await self.store.save_note(self.claim, DAMAGE, str(error))
             raise DamageAfterSwitch(
                 f"after the switch: {error}",
                 where=error.where,
@@ -340,6 +366,11 @@ class Move:
 
     async def _monitor(self, shape: Shape) -> None:
         """The window before the source is cleaned. The forward stream is over."""
+        if damage := (await self.store.load_notes(self.claim)).get(DAMAGE):
+            raise DamageAfterSwitch(
+                f"after the switch: {damage}",
+                hint=f"The source is not cleaned while the note `{DAMAGE}` stands in the migration's notes.",
+            )
         async with self._phase(Phase.MONITOR):
             if "source_root" not in self.progress.evidence:
                 await self._say(
@@ -483,9 +514,11 @@ class RouteDecision:
 
 def refusal(plan: Plan) -> Refused:
     """Every refusal in one error: which, why, what to do."""
-    reasons = [f"{f.message} ({f.hint})" for f in plan.refusals]
-    first = plan.refusals[0]
-    return Refused("; ".join(reasons), where=Where(table=first.table), hint=first.hint)
+    first, *others = plan.refusals
+    if not others:
+        return Refused(first.message, where=Where(table=first.table), hint=first.hint)
+    reasons = [f"({n}) {f.message}: {f.hint}" for n, f in enumerate(plan.refusals, start=1)]
+    return Refused(" ".join(reasons), hint="Nothing was changed. A dry run shows whether all are gone.")
 
 
 async def _to_the_end(work: Coroutine[None, None, Report]) -> Report:

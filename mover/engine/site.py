@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -59,6 +59,10 @@ class Site(Protocol):
         """The target's database exists and answers."""
         ...
 
+    async def server_identities(self) -> Mapping[str, str]:
+        """System identifier and timeline of each side: they change with a restore or a promotion."""
+        ...
+
     async def take_over(self) -> None:
         """Install our schema on both sides and raise the epoch there; ends an old owner's backends."""
         ...
@@ -77,6 +81,10 @@ class Site(Protocol):
 
     async def identify_rows(self, shape: Shape, say: Say) -> None:
         """Replica identities that cover the tenant column."""
+        ...
+
+    async def reserve_sequences(self, shape: Shape) -> None:
+        """On a target with other tenants: what they take from now on is not among the tenant's values."""
         ...
 
     async def guard(self, shape: Shape, say: Say) -> None:

@@ -95,12 +95,14 @@ class DeskStore:
     async def resume(self, migration_id: str, by: str) -> None:
         async with self._pool.transaction() as conn:
             migration = await _lock(conn, migration_id)
-            if migration.status is not Status.PAUSED:
+            if migration.status is Status.PAUSED:
+                status = Status.IN_PROGRESS if migration.started_at else Status.QUEUED
+                await conn.execute(_QUERIES["resume"], {"id": migration.id, "status": status.value})
+            elif await (await conn.execute(_QUERIES["try_now"], {"id": migration.id})).fetchone() is None:
                 raise Conflict(
-                    f"the migration is {migration.status}, not paused", where=Where(tenant=migration.tenant)
+                    f"the migration is {migration.status}, and neither paused nor waiting for another try",
+                    where=Where(tenant=migration.tenant),
                 )
-            status = Status.IN_PROGRESS if migration.started_at else Status.QUEUED
-            await conn.execute(_QUERIES["resume"], {"id": migration.id, "status": status.value})
             await _note(conn, migration, f"resume asked by {by}")
 
     async def where_is(self, tenant: TenantId) -> tuple[str, Tier, str | None]:

@@ -171,7 +171,10 @@ class _Gathering:
         return [k for k in self.base.source.foreign_keys if k.child in moved and k.parent not in moved]
 
     async def _parents_outside(self) -> frozenset[TableRef]:
-        parents = sorted({self.base.mapped(key.parent) for key in self._references()})
+        """Of every tenant table, also of one that our role may not read."""
+        moved = {r.ref for r in self.base.source.relations if self.base.is_tenant_table(r)}
+        keys = [k for k in self.base.source.foreign_keys if k.child in moved and k.parent not in moved]
+        parents = sorted({self.base.mapped(key.parent) for key in keys})
         return await catalog.existing_tables(self.target.conn, parents)
 
     async def _missing_references(self, there: frozenset[TableRef]) -> tuple[Dangling, ...]:

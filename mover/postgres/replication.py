@@ -31,6 +31,7 @@ PIECE_BYTES = 4 << 20
 CHANGE_BYTES, VALUE_BYTES = 180, 38
 MESSAGES_PER_TURN = 500  # then the event loop gets its turn; about 5 ms of decoding
 STATUS_INTERVAL_S = 5.0
+WAL_SENDER_TIMEOUT = "60s"  # the server ends a connection that was silent for so long
 
 
 class WalStream:
@@ -138,7 +139,7 @@ class WalStream:
                 await asyncio.sleep(0.01)
 
     async def _connect(self) -> pq.abc.PGconn:
-        params = self._database.conninfo("stream", wal_sender_timeout="60s")
+        params = self._database.conninfo("stream", wal_sender_timeout=WAL_SENDER_TIMEOUT)
         conninfo = make_conninfo(**{**params, "replication": "database"})
         conn = psycopg.pq.PGconn.connect_start(conninfo.encode())
         while True:
@@ -149,6 +150,7 @@ class WalStream:
                 raise Unreachable(f"{self._database.label}: no replication connection")
             await self._ready(conn, write=status == pq.PollingStatus.WRITING)
         conn.nonblocking = 1
+        conn.notice_handler = self._on_notice
         return conn
 
     async def _ready(self, conn: pq.abc.PGconn, *, write: bool = False) -> None:
@@ -192,6 +194,11 @@ class WalStream:
         if error.sqlstate in _SLOT_LOST:
             return SlotLost(f"slot {self._slot} cannot be read (SQLSTATE {error.sqlstate})", hint=_SLOT_HINT)
         return translated(error, self._database.label)
+
+    def _on_notice(self, notice: pq.abc.PGresult) -> None:
+        """From PostgreSQL 18 a publication that is gone ends nothing: its changes are left out."""
+        if notice.error_field(pq.DiagnosticField.SQLSTATE) == b"55000":
+            self._fail(SlotLost(f"the source skips publication {self._publication}", hint=_SLOT_HINT))
 
     def _broken(self) -> Unreachable:
         return Unreachable(f"{self._database.label}: the replication connection broke")

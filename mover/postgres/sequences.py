@@ -18,7 +18,8 @@ from psycopg import sql
 from mover.core.errors import first_error
 from mover.core.ids import TableRef
 from mover.core.tables import SequenceRef, Shape
-from mover.postgres.connect import Database
+from mover.postgres import owner
+from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
 
 # Room on a shared target for the values that the source gives out until the switch, of what is left.
@@ -58,8 +59,8 @@ Positions = Mapping[SequenceRef, Position]
 class PgSequences:
     """Carries sequence values from source to target; keeps its connections from `get_ready` to `close`."""
 
-    def __init__(self, source: Database, target: Database, shape: Shape) -> None:
-        self._source, self._target, self._shape = source, target, shape
+    def __init__(self, source: Database, target: Database, shape: Shape, identity: Identity) -> None:
+        self._source, self._target, self._shape, self._identity = source, target, shape, identity
         self._open = AsyncExitStack()
         self._connections: tuple[Connection, Connection] | None = None
 
@@ -95,11 +96,47 @@ class PgSequences:
                 reading_held = tasks.create_task(_positions(target, {s: s.target for s in names}))
             given, held = reading_given.result(), reading_held.result()
             if self._shape.fresh:
-                await _set_all(target, {s: p for s, p in given.items() if held[s] != p})
+                await self._set_all(target, {s: p for s, p in given.items() if held[s] != p})
                 return
             for sequence, position in given.items():
                 if held[sequence].is_behind(position.ahead(gap // 2)):
-                    await _raise_shared(target, sequence.target, position.ahead(gap))
+                    await self._raise_shared(target, sequence.target, position.ahead(gap))
+
+    async def _set_all(self, conn: Connection, positions: Positions) -> None:
+        """On a target that only we write to. The owner's row first: a setval cannot be taken back."""
+        if not positions:
+            return
+        values = {
+            "schemas": [s.target.schema for s in positions],
+            "names": [s.target.name for s in positions],
+            "values": [p.last_value for p in positions.values()],
+            "called": [p.is_called for p in positions.values()],
+        }
+        async with conn.transaction():
+            await owner.hold(conn, self._identity)
+            await conn.execute(_SET_ALL, values)
+
+    async def _raise_shared(self, conn: Connection, sequence: TableRef, position: Position) -> None:
+        """setval(greatest(…)) alone hands out duplicates beside other tenants' nextval: lock first.
+
+        ALTER SEQUENCE with the increment it has changes nothing and holds SHARE ROW EXCLUSIVE, which
+        makes nextval wait until the commit; it also makes other sessions forget the values they have
+        cached."""
+        name = sql.Identifier(sequence.schema, sequence.name)
+        increment = sql.Literal(position.increment)
+        extreme = sql.SQL("greatest" if position.increment > 0 else "least")
+        async with conn.transaction():
+            await owner.hold(conn, self._identity)
+            await conn.execute(sql.SQL("ALTER SEQUENCE {} INCREMENT BY {}").format(name, increment))
+            await conn.execute(
+                sql.SQL("SELECT setval({}::regclass, {}(last_value, {}), is_called OR {}) FROM {}").format(
+                    sql.Literal(name.as_string(None)),
+                    extreme,
+                    sql.Literal(position.last_value),
+                    sql.Literal(position.is_called),
+                    name,
+                )
+            )
 
 
 async def _positions(conn: Connection, names: Mapping[SequenceRef, TableRef]) -> dict[SequenceRef, Position]:
@@ -117,42 +154,6 @@ async def _positions(conn: Connection, names: Mapping[SequenceRef, TableRef]) ->
     )
     order = list(names)
     return {order[number]: Position(*rest) for number, *rest in await found.fetchall()}
-
-
-async def _set_all(conn: Connection, positions: Positions) -> None:
-    """On a target that only we write to: one statement."""
-    if not positions:
-        return
-    await conn.execute(
-        _SET_ALL,
-        {
-            "schemas": [s.target.schema for s in positions],
-            "names": [s.target.name for s in positions],
-            "values": [p.last_value for p in positions.values()],
-            "called": [p.is_called for p in positions.values()],
-        },
-    )
-
-
-async def _raise_shared(conn: Connection, sequence: TableRef, position: Position) -> None:
-    """setval(greatest(…)) alone hands out duplicates beside other tenants' nextval: lock first.
-
-    ALTER SEQUENCE with the increment it has changes nothing and holds SHARE ROW EXCLUSIVE, which
-    makes nextval wait until the commit; it also makes other sessions forget the values they have cached."""
-    name = sql.Identifier(sequence.schema, sequence.name)
-    increment = sql.Literal(position.increment)
-    extreme = sql.SQL("greatest" if position.increment > 0 else "least")
-    async with conn.transaction():
-        await conn.execute(sql.SQL("ALTER SEQUENCE {} INCREMENT BY {}").format(name, increment))
-        await conn.execute(
-            sql.SQL("SELECT setval({}::regclass, {}(last_value, {}), is_called OR {}) FROM {}").format(
-                sql.Literal(name.as_string(None)),
-                extreme,
-                sql.Literal(position.last_value),
-                sql.Literal(position.is_called),
-                name,
-            )
-        )
 
 
 _SET_ALL = """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -48,6 +48,7 @@ class PgSite:
     target: Database = field(init=False)
     source_fence: PgFence = field(init=False)
     target_fence: PgFence = field(init=False)
+    _cloned: clone.ClonedDdl | None = None  # the same for every wave
 
     def __post_init__(self) -> None:
         self.source = Database(self.source_place.url, "source", self.identity, self.connections)
@@ -71,19 +72,30 @@ class PgSite:
         async with self.target.connect("provision") as conn:
             await conn.execute("SELECT 1")
 
+    async def server_identities(self) -> Mapping[str, str]:
+        found = {}
+        for side, database in ((Side.SOURCE, self.source), (Side.TARGET, self.target)):
+            async with database.connect("identity") as conn:
+                row = await (await conn.execute(_SERVER_IDENTITY)).fetchone()
+                assert row is not None
+                found[side.value] = str(row[0])
+        return found
+
     async def take_over(self) -> None:
         await agent.install(self.source, self.identity)
         await agent.install(self.target, self.identity)
 
     async def clone_schemas(self, shape: Shape) -> None:
         if shape.fresh:
-            await clone.apply_pre(self.target, await self._ddl(shape), self.identity.migration)
+            self._cloned = await self._ddl(shape)
+            await clone.apply_pre(self.target, self._cloned, self.identity.migration)
         else:
             await self._compare_schemas(shape)
 
     async def build_keys(self, shape: Shape, tables: Sequence[MovedTable]) -> None:
         if shape.fresh and tables:
-            await clone.build_keys(self.target, await self._ddl(shape), {t.target for t in tables})
+            self._cloned = self._cloned or await self._ddl(shape)
+            await clone.build_keys(self.target, self._cloned, {t.target for t in tables})
 
     async def build_rest(self, shape: Shape) -> None:
         if shape.fresh:
@@ -101,6 +113,10 @@ class PgSite:
         reach("guards.target")
         await self.source_fence.install(_tables(shape, Side.SOURCE), "open", say)
 
+    async def reserve_sequences(self, shape: Shape) -> None:
+        async with self.sequences(shape) as sequences:
+            await sequences.get_ready()
+
     async def publish(self, shape: Shape, say: Say) -> None:
         migration = self.identity.migration
         await publication.create_publication(self.source, migration, shape.tables, self.tenant, say)
@@ -110,7 +126,7 @@ class PgSite:
         await publication.store_start(self.target, self.identity, start)
 
     def sequences(self, shape: Shape) -> AbstractAsyncContextManager[PgSequences]:
-        return _opened(PgSequences(self.source, self.target, shape))
+        return _opened(PgSequences(self.source, self.target, shape, self.identity))
 
     @asynccontextmanager
     async def link(self, shape: Shape) -> AsyncIterator[Link]:
@@ -206,3 +222,9 @@ async def _opened(sequences: PgSequences) -> AsyncIterator[PgSequences]:
 def _tables(shape: Shape, side: Side) -> list[tuple[TableRef, str]]:
     """Each moved table on that side with its tenant column, parents first."""
     return [(t.source if side is Side.SOURCE else t.target, t.tenant_column) for t in shape.tables]
+
+
+# Any role may call both functions (PostgreSQL 15 to 18).
+_SERVER_IDENTITY = """
+SELECT s.system_identifier || '/' || c.timeline_id FROM pg_control_system() s, pg_control_checkpoint() c
+"""

@@ -75,9 +75,10 @@ returning id
 
 -- name: set_status
 -- Runs under lock_claim or lock_migration, after the change was checked. Stamps keep their first value,
--- so it may be repeated.
+-- so it may be repeated. Notes may hold a URL: they go when nothing of ours is left to be found with it.
 update platform.tenant_migrations
    set status = %(status)s,
+       notes = case when %(status)s in ('failed', 'cancelled', 'rolled_back') then '{}' else notes end,
        wish = null,
        error = coalesce(%(error)s::jsonb, case when %(status)s <> 'completed' then error end),
        outcome = coalesce(%(outcome)s, outcome),
@@ -146,7 +147,7 @@ returning extract(epoch from now() - tombstone_since)::float8 as quiet_seconds
 
 -- name: end_tombstone
 -- Locks the migration's row. Repeatable.
-update platform.tenant_migrations set tombstone_check_at = null
+update platform.tenant_migrations set tombstone_check_at = null, notes = '{}'
  where id = %(id)s and epoch = %(epoch)s
 returning id
 
@@ -259,8 +260,15 @@ select id, at, level, message, facts from platform.migration_events
 select {columns} from platform.tenant_migrations where id = %(id)s for update
 
 -- name: set_wish
--- Runs under lock_migration. Sets a value, so it may be repeated.
-update platform.tenant_migrations set wish = %(wish)s where id = %(id)s
+-- Runs under lock_migration. Sets values, so it may be repeated. A migration that waits for its next try,
+-- or was halted, is claimed at once, to hear the wish.
+update platform.tenant_migrations set wish = %(wish)s, not_before = null where id = %(id)s
+
+-- name: try_now
+-- Runs under lock_migration. No row when the migration does not wait for a later try. Repeatable.
+update platform.tenant_migrations set not_before = null
+ where id = %(id)s and status in ('in_progress', 'monitoring', 'rolling_back') and not_before > now()
+returning id
 
 -- name: resume
 -- Runs under lock_migration, after the change was checked.

@@ -33,7 +33,7 @@ async def test_into_an_empty_database(servers, make_scene):
         async with scene.daemon() as stage:
             async with scene.writing(others=[other]) as workload:
                 await watch.submit(stage)
-                await watch.until("completed", "failed")
+                await watch.until("completed")
         assert cache.get(f"tenant:{scene.tenant}:routing") is None
     clean(workload.report())
     watch.check_completed()
@@ -41,30 +41,47 @@ async def test_into_an_empty_database(servers, make_scene):
     assert evidence["source_root"] == evidence["target_root"]
 
 
-@pytest.mark.parametrize("first_key", [0, 1_000_000], ids=["sequences behind", "sequences ahead"])
-async def test_into_a_database_with_other_tenants_that_write_too(servers, make_scene, first_key):
-    scene = make_scene(*servers, shared=True, first_key=first_key)
+async def test_into_a_database_with_other_tenants_that_write_too(servers, make_scene):
+    scene = make_scene(*servers, shared=True)
     others = [scene.tenants[1].id, neighbours()[0].id, neighbours()[1].id]
     watch = scene.watch(writers=others)
     async with scene.daemon() as stage:
         async with scene.writing(others=others) as workload:
             await watch.submit(stage)
-            await watch.until("completed", "failed")
+            await watch.until("completed")
     clean(workload.report())
+    watch.check_completed()
+
+
+async def test_other_tenants_of_the_target_never_meet_the_values_that_the_tenant_brings(
+    pg16, pg18, make_scene
+):
+    """The target's sequences are far behind, and go on from there while the tenant's rows arrive."""
+    scene = make_scene(pg16, pg18, shared=True, first_key=0)
+    neighbour = neighbours()[0].id
+    watch = scene.watch(writers=[neighbour])
+    async with scene.daemon() as stage:
+        async with scene.writing() as workload:
+            await watch.submit(stage)
+            await watch.until_row(lambda row: row["phase"] == "copy")
+            async with scene.writing([neighbour]) as theirs:
+                await watch.until("completed")
+    clean(workload.report())
+    clean(theirs.report())
     watch.check_completed()
 
 
 async def test_there_and_back_and_there_again(pg16, pg18, make_scene):
     """The tombstone of a departure is not in the way of a return."""
     scene = make_scene(pg16, pg18)
-    async with scene.daemon() as stage, scene.writing(tps=60) as workload:
+    async with scene.daemon() as stage:
         for source, target in ((CORE, ESTATE), (ESTATE, CORE), (CORE, ESTATE)):
             watch = scene.watch(source, target)
-            await watch.submit(stage)
-            await watch.until("completed", "failed")
-            watch.check_rows()
-    clean(workload.report())
-    watch.check_completed()
+            async with scene.writing() as workload:
+                await watch.submit(stage)
+                await watch.until("completed")
+            clean(workload.report())
+            watch.check_completed()
 
 
 async def test_two_tenants_at_once_share_the_replica_identity(pg16, pg18, make_scene):
@@ -76,11 +93,11 @@ async def test_two_tenants_at_once_share_the_replica_identity(pg16, pg18, make_s
             with holding_off(scene.homes[CORE], second):
                 for watch in watches:
                     await watch.submit(stage)
-                await watches[0].until("completed", "failed")
-                assert identities(scene.homes[CORE]) == {"i"}
+                await watches[0].until("completed")
+                assert "i" in identities(scene.homes[CORE])
                 await watches[1].until_row(lambda row: row["phase"] == "cutover")
                 assert watches[1].row["switched_at"] is None
-            await watches[1].until("completed", "failed")
+            await watches[1].until("completed")
     clean(workload.report())
     for watch in watches:
         watch.check_completed()
@@ -93,7 +110,7 @@ async def test_in_waves_too_short_for_a_second_chunk(pg16, pg18, make_scene):
     async with scene.daemon(wave_seconds=0.001) as stage:
         async with scene.writing() as workload:
             await watch.submit(stage)
-            await watch.until("completed", "failed")
+            await watch.until("completed")
     clean(workload.report())
     watch.check_completed()
 
@@ -119,7 +136,7 @@ async def test_a_refused_migration_fails_with_every_reason_and_leaves_nothing(pg
     scene.homes[CORE].execute("alter table core_crm.deals drop constraint deals_pkey")
     async with scene.daemon() as stage:
         await watch.submit(stage)
-        await watch.until("failed", "completed")
+        await watch.until("failed")
     watch.check_undone("failed")
     assert watch.row["error"]["code"] == "refused"
     assert "core_dms.logs" in watch.row["error"]["message"]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+from collections.abc import Collection
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
+import psycopg
+import pytest
+
+from mover.core.copying import CopiedRanges
+from mover.core.errors import Unreachable
 from mover.core.snapshot import Snapshot
-from tests.support.rig import Rig, hammering, rig
+from mover.engine import follow
+from tests.support.rig import ITEM, OTHER, TENANT, Rig, execute, hammering, rig
 
 
 async def test_the_target_is_the_source_at_every_consistent_point(pair):
-    async with rig(pair.source, pair.target) as r, asyncio.TaskGroup() as tasks:
-        await r.follower.start()
-        following = tasks.create_task(r.follower.run())
+    async with rig(pair.source, pair.target) as r, r.following():
         async with hammering(pair.source):
             await r.copy().run()
             for _ in range(25):
                 assert await differences_at_a_point(r) == []
-        await r.follower.catch_up_once()
-        assert r.target_rows() == r.source_rows()
-        following.cancel()
+        await expect_equal(r)
 
 
 async def test_comparing_positions_instead_of_xids_would_lose_rows(pair):
@@ -29,9 +33,7 @@ async def test_comparing_positions_instead_of_xids_would_lose_rows(pair):
         def sees(self, xid: int) -> bool:
             return True  # everything that stands before the mark
 
-    async with rig(pair.source, pair.target) as r, asyncio.TaskGroup() as tasks:
-        await r.follower.start()
-        following = tasks.create_task(r.follower.run())
+    async with rig(pair.source, pair.target) as r, r.following():
         async with hammering(pair.source, clients=8):
             await r.copy().run()
             r.follower.source = Blindfolded(r.follower.source, ByPosition)
@@ -40,43 +42,112 @@ async def test_comparing_positions_instead_of_xids_would_lose_rows(pair):
                 wrong = wrong or await differences_at_a_point(r) != []
                 if wrong:
                     break
-        following.cancel()
         assert wrong, "the weakened rule went unnoticed: this test proves nothing"
 
 
 async def test_copying_in_many_small_waves_under_writes_ends_equal(pair):
-    async with rig(pair.source, pair.target, rows=6000) as r, asyncio.TaskGroup() as tasks:
-        await r.follower.start()
-        following = tasks.create_task(r.follower.run())
+    async with rig(pair.source, pair.target, rows=6000) as r, r.following():
         async with hammering(pair.source, clients=3):
-            copy = r.copy(wave_seconds=0.05)
-            await copy.run()
+            await r.copy(wave_seconds=0).run()  # one chunk each worker and wave
             assert await differences_at_a_point(r) == []
-        await r.follower.catch_up_once()
-        assert r.target_rows() == r.source_rows()
-        following.cancel()
+        await expect_equal(r)
 
 
 async def test_a_follower_that_starts_again_applies_nothing_twice(pair):
     async with rig(pair.source, pair.target) as r:
-        await r.follower.start()
-        async with asyncio.TaskGroup() as tasks:
-            following = tasks.create_task(r.follower.run())
-            async with hammering(pair.source):
+        async with hammering(pair.source):
+            async with r.following():
                 await r.copy().run()
-                following.cancel()
-                await asyncio.wait([following])
-                for _ in range(5):
-                    await r.follower.start()
-                    again = tasks.create_task(r.follower.run())
+            for _ in range(5):
+                async with r.following():
                     assert await differences_at_a_point(r) == []
-                    again.cancel()
-                    await asyncio.wait([again])
-            await r.follower.start()
-            last = tasks.create_task(r.follower.run())
-            await r.follower.catch_up_once()
-            assert r.target_rows() == r.source_rows()
-            last.cancel()
+        async with r.following():
+            await expect_equal(r)
+
+
+async def test_a_row_that_enters_the_tenant_brings_the_values_that_were_not_sent(pair):
+    """Its large values did not change, so the stream leaves them out, even of the INSERT it makes of it."""
+    async with rig(pair.source, pair.target) as r, r.following():
+        await r.copy().run()
+        execute(pair.source, "UPDATE app.item SET tenant_id = %s WHERE tenant_id = %s", TENANT, OTHER)
+        execute(pair.source, "UPDATE app.item SET name = 'late' WHERE id = 10000007")
+        execute(pair.source, "UPDATE app.item SET id = 9 + 10000000000 WHERE id = 10000009")
+        await expect_equal(r)
+        assert len(r.target_rows()) == 1000
+
+
+async def test_a_half_copied_table_takes_what_crosses_its_boundary(pair):
+    async with rig(pair.source, pair.target, rows=4000) as r, r.following():
+        await copy_chunks(r, {2, 3})
+        execute(
+            pair.source, "UPDATE app.item SET id = id + 20000 WHERE mod(id, 3) = 0 AND tenant_id = %s", TENANT
+        )
+        execute(pair.source, "UPDATE app.item SET id = 1002 + (id - 1) / 2 WHERE mod(id, 6) = 1 AND id < 900")
+        execute(pair.source, "UPDATE app.item SET name = 'changed' WHERE id BETWEEN 900 AND 1100")
+        execute(pair.source, "DELETE FROM app.item WHERE id BETWEEN 2900 AND 3100")
+        execute(pair.source, "UPDATE app.item SET id = 1500 WHERE id = 20003 AND tenant_id = %s", TENANT)
+        await r.follower.catch_up_once()
+        inside = [row for row in r.source_rows() if 1000 < row[0] <= 3000]
+        assert r.target_rows() == inside
+        await copy_chunks(r, {1, 4, 5})
+        await expect_equal(r)
+
+
+async def test_a_truncation_empties_the_tenants_rows_only_and_in_its_place(pair):
+    async with rig(pair.source, pair.target) as r, r.following():
+        await r.copy().run()
+        execute(pair.target, "INSERT INTO app.item VALUES (%s, 99000000, 'of another tenant')", OTHER)
+        truncate(pair.source, before="UPDATE app.item SET name = 'x'", after=INSERT_AGAIN)
+        await expect_equal(r)
+        assert len(r.target_rows()) == 300
+        assert execute(pair.target, "SELECT count(*) FROM app.item WHERE tenant_id = %s", OTHER) == [(1,)]
+
+
+async def test_a_half_copied_table_can_be_truncated(pair):
+    async with rig(pair.source, pair.target, rows=3000) as r, r.following():
+        await copy_chunks(r, {1, 3})
+        truncate(pair.source, before="DELETE FROM app.item WHERE id = 5", after=INSERT_AGAIN)
+        await r.follower.catch_up_once()
+        assert r.target_rows() == [row for row in r.source_rows() if not 1000 < row[0] <= 2000]
+        await copy_chunks(r, {2})
+        await expect_equal(r)
+
+
+async def test_a_transaction_too_large_for_memory_makes_a_point_in_parts(pair, monkeypatch):
+    monkeypatch.setattr(follow, "BATCH_BYTES", 200_000)
+    async with rig(pair.source, pair.target, rows=2000) as r, r.following():
+        await r.copy().run()
+        async with r.follower.paused():
+            execute(pair.source, "UPDATE app.item SET big = big || 'x'")
+        assert await differences_at_a_point(r) == []
+
+
+async def test_a_mark_that_cannot_be_emitted_leaves_no_snapshot_behind(pair):
+    async with rig(pair.source, pair.target) as r, r.following() as running:
+        execute(
+            pair.source,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name ~ 'marks$'",
+        )
+        with pytest.raises(Unreachable):
+            await differences_at_a_point(r)
+        holders = execute(
+            pair.source, "SELECT count(*) FROM pg_stat_activity WHERE application_name ~ '/point$'"
+        )
+        assert holders == [(0,)]
+        assert not running.done()
+
+
+async def test_a_point_whose_mark_is_lost_is_given_up(pair):
+    """The snapshot is there, its mark is not: nothing was applied for it, and following goes on."""
+    async with rig(pair.source, pair.target) as r, r.following():
+        await r.copy().run()
+        source = r.follower.source
+        r.follower.source = Markless(source)
+        with pytest.raises(Unreachable):
+            await differences_at_a_point(r)
+        r.follower.source = source
+        execute(pair.source, "UPDATE app.item SET name = 'after'")
+        assert await differences_at_a_point(r) == []
 
 
 async def differences_at_a_point(r: Rig) -> list:
@@ -88,6 +159,39 @@ async def differences_at_a_point(r: Rig) -> list:
     return sorted(set(source) ^ set(target), key=str)
 
 
+async def expect_equal(r: Rig) -> None:
+    await r.follower.catch_up_once()
+    assert r.target_rows() == r.source_rows()
+
+
+async def copy_chunks(r: Rig, numbers: Collection[int]) -> None:
+    """One wave, of these chunks."""
+    async with AsyncExitStack() as lifetime, r.follower.hold(lifetime) as point:
+        chunks = (await r.copier.chunks()).get(ITEM.source)
+        chunks = chunks or await r.copier.plan_chunks(ITEM, point.snapshot_id)
+        async with r.copier.worker(point.snapshot_id) as worker:
+            for chunk in chunks:
+                if chunk.number in numbers:
+                    await worker.copy(ITEM, chunk)
+        recorded = await r.copier.chunks()
+        r.writer.set_copied({ITEM.source: CopiedRanges.of(recorded[ITEM.source])})
+
+
+INSERT_AGAIN = (
+    "INSERT INTO app.item SELECT '00000000-0000-0000-0000-000000000001', g * 10, 'again', 1, 'b'"
+    " FROM generate_series(1, 300) g"
+)
+
+
+def truncate(url: str, before: str, after: str) -> None:
+    """As the guard's trigger tells of it."""
+    with psycopg.connect(url) as conn:
+        conn.execute(before)
+        conn.execute("TRUNCATE app.item")
+        conn.execute("""SELECT pg_logical_emit_message(true, 'mover.truncate', '["app", "item"]')""")
+        conn.execute(after)
+
+
 class Blindfolded:
     """A source whose points claim to see what their snapshot does not."""
 
@@ -97,14 +201,21 @@ class Blindfolded:
     def __getattr__(self, name):
         return getattr(self._source, name)
 
-    def consistent_point(self):
-        from contextlib import asynccontextmanager
-        from dataclasses import replace
+    @asynccontextmanager
+    async def consistent_point(self):
+        async with self._source.consistent_point() as true:
+            s = true.snapshot
+            yield replace(true, snapshot=self._kind(s.xmin, s.xmax, s.in_progress))
 
-        @asynccontextmanager
-        async def point():
-            async with self._source.consistent_point() as true:
-                s = true.snapshot
-                yield replace(true, snapshot=self._kind(s.xmin, s.xmax, s.in_progress))
 
-        return point()
+class Markless(Blindfolded):
+    """A source that breaks between a point's snapshot and its mark."""
+
+    def __init__(self, source) -> None:
+        self._source = source
+
+    @asynccontextmanager
+    async def consistent_point(self):
+        async with self._source.consistent_point():
+            raise Unreachable("source: the connection broke")
+            yield

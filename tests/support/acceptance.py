@@ -21,6 +21,7 @@ from psycopg.rows import dict_row
 
 from mover.core.crash import VARIABLE
 from mover.core.ids import TenantId
+from mover.core.migration import Wish
 from mover.core.secret import Secret
 from mover.demo.ledger import Counted, Key, Ledger, Write, verify_ledger
 from mover.demo.places import PsycopgPlaces
@@ -29,6 +30,7 @@ from mover.demo.seed import Tenant
 from mover.demo.servers import Cluster
 from mover.demo.stage import Stage
 from mover.demo.workload import Rates, Workload, WorkloadReport
+from mover.postgres.store import open_store
 from tests.support.checks import (
     Multiset,
     Table,
@@ -39,6 +41,7 @@ from tests.support.checks import (
     tenant_tables,
 )
 from tests.support.platform import APP_PASSWORD
+from tests.support.queue import ORGANIZATIONS
 
 CORE, ESTATE = "core", "realestate"
 TIERS = {CORE: "schema", ESTATE: "database"}
@@ -110,6 +113,7 @@ class Scene:
     redis_url: str
     ledger: TimedLedger = field(default_factory=TimedLedger)
     watches: list[Watch] = field(default_factory=list)
+    workloads: int = 0
 
     @property
     def tenant(self) -> TenantId:
@@ -145,7 +149,9 @@ class Scene:
             self.platform.app_url, {name: home.app_url for name, home in self.homes.items()}
         )
         tenant, *more = tenants or (self.tenant,)
-        rates = Rates(tps=tps, clients=6, others_tps=20 * (len(more) + len(others)))
+        self.workloads += 1  # each has ids of its own
+        others_tps = 20 * (len(more) + len(others))
+        rates = Rates(tps=tps, clients=6, others_tps=others_tps, seed=self.workloads)
         workload = Workload(places, tenant, [*more, *others], self.ledger, rates)
         async with workload.running():
             yield workload
@@ -172,11 +178,14 @@ class Scene:
     async def daemon(self, name: str = "daemon", **engine: object) -> AsyncIterator[Stage]:
         """A running daemon; killed at the end of the test."""
         stage = self.stage(name, **engine)
-        try:
+        async with killed(stage):
             await stage.start()
             yield stage
-        finally:
-            await stage.kill()
+
+    async def wish(self, watch: Watch, wish: Wish) -> None:
+        """As the API does it, while no daemon runs."""
+        async with open_store(Secret(self.platform.url), ORGANIZATIONS, lambda *_: None) as store:
+            await store.wish(watch.id, wish, "a test")
 
 
 @dataclass
@@ -215,14 +224,25 @@ class Watch:
         return self.id
 
     async def until(self, *statuses: str, timeout_s: float = 90) -> str:
-        return await self.until_row(lambda row: row["status"] in statuses, timeout_s)
+        """Fails at once when the migration ends otherwise."""
+        over = ENDED | set(statuses)
+        status = await self.until_row(lambda row: row["status"] in over, timeout_s)
+        assert status in statuses, (self.seen, self.row["error"])
+        return status
 
     async def until_row(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float = 90) -> str:
         """Follow the migration until `condition` holds for its row; the status then."""
-        async with asyncio.timeout(timeout_s):
-            while not condition(await self._look()):  # noqa: ASYNC110, the world is asked
-                await asyncio.sleep(POLL_S)
+        until = time.monotonic() + timeout_s
+        while not condition(await self._look()):
+            assert time.monotonic() < until, (self.seen, self.waited_for, self.row)
+            await asyncio.sleep(POLL_S)
         return self.row["status"]
+
+    async def for_ever(self) -> None:
+        """Follow the migration until cancelled."""
+        while True:
+            await self._look()
+            await asyncio.sleep(POLL_S)
 
     async def _look(self) -> dict[str, Any]:
         began_at = time.monotonic()
@@ -264,25 +284,22 @@ class Watch:
     def close(self) -> None:
         if self._frozen is not None:
             self._frozen.close()
+            self._frozen = None
 
     # The check after a migration.
 
     def check_completed(self) -> None:
         """The tenant lives on the target with all its rows, and nowhere else; call it after the writers."""
-        self.check_rows()
+        assert self.row["status"] == "completed", (self.seen, self.row["error"])
+        assert self.scene.route(self.tenant) == self.target.vertical
+        self._check_rows_are_gone(self.source)
+        self._check_nothing_but_later_writes_differs()
         self._check_ledgers(self.target)
         self._check_others()
         self._check_sequences()
         self._check_tombstone()
         assert leftovers(self.source.url, tombstone=True) == []
         assert leftovers(self.target.url) == []
-
-    def check_rows(self) -> None:
-        """What can be said while writers go on."""
-        assert self.row["status"] == "completed", (self.seen, self.row["error"])
-        assert self.scene.route(self.tenant) == self.target.vertical
-        self._check_rows_are_gone(self.source)
-        self._check_nothing_but_later_writes_differs()
 
     def check_undone(self, status: str) -> None:
         """As if nothing had happened."""
@@ -318,6 +335,7 @@ class Watch:
                 assert ours == theirs, f"{name}: {ours} at the switch, {theirs} on the target"
                 compared += ours.count
         assert compared > 0
+        self.close()  # its locks would be in the way of the next migration
 
     def _untouched(self, home: Home, table: str, since: Mapping[str, list[str]]) -> tuple[sql.Composed, dict]:
         condition = sql.SQL("tenant_id = %(tenant)s and " + UNTOUCHED.get(table, "true"))
@@ -401,6 +419,15 @@ select n.nspname, c.relname, a.attname, d.objid::regclass::text
   join pg_attribute a on a.attrelid = c.oid and a.attnum = d.refobjsubid
  where d.classid = 'pg_class'::regclass and d.deptype in ('a', 'i') and n.nspname = any(%s)
 """
+
+
+@asynccontextmanager
+async def killed(stage: Stage) -> AsyncIterator[Stage]:
+    """Whatever became of the daemon: none is left at the end."""
+    try:
+        yield stage
+    finally:
+        await stage.kill()
 
 
 def at(point: str, number: signal.Signals = signal.SIGKILL) -> dict[str, str]:

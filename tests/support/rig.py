@@ -55,8 +55,26 @@ ITEM = MovedTable(
     ),
     key=("id",),
     tenant_column="tenant_id",
+    estimated_rows=1,
+    estimated_bytes=100 << 20,  # so wide that a chunk has the fewest rows, 1000
 )
 CONTENT = "SELECT id, name, amount::text, md5(big) FROM app.item WHERE tenant_id = %s ORDER BY id"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What moves, and how it is made: `ddl` on both sides, `identity` on the source."""
+
+    tables: tuple[MovedTable, ...] = (ITEM,)
+    ddl: str = DDL
+    identity: str = IDENTITY
+
+    @property
+    def shape(self) -> Shape:
+        return Shape({"app": "app"}, self.tables, fresh=False)
+
+
+ITEMS = Subject()
 
 
 class RealClock:
@@ -71,10 +89,29 @@ class RealClock:
 class Rig:
     source_url: str
     target_url: str
+    subject: Subject
+    source: Database
+    target: Database
+    migration: MigrationId
     follower: Follower
     writer: Writer
     copier: BulkCopier
     stream: WalStream
+
+    @property
+    def slot(self) -> str:
+        return publication.name_of(self.migration)
+
+    @asynccontextmanager
+    async def following(self) -> AsyncIterator[asyncio.Task]:
+        """The follower runs from where the target stands."""
+        await self.follower.start()
+        task = asyncio.create_task(self.follower.run())
+        try:
+            yield task
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
 
     def copy(self, **options) -> WaveCopy:
         settings = {"workers": 2, "wave_seconds": 600.0, **options}
@@ -83,7 +120,7 @@ class Rig:
             pass
 
         return WaveCopy(
-            shape=Shape({"app": "app"}, (ITEM,), fresh=False),
+            shape=self.subject.shape,
             copier=self.copier,
             target=self.writer,
             follower=self.follower,
@@ -110,10 +147,15 @@ def rows_of(url: str, snapshot_id: str | None = None) -> list:
         return conn.execute(CONTENT, (TENANT,)).fetchall()
 
 
+def execute(url: str, statement: str, *parameters: object) -> list:
+    """In a connection and transaction of its own; the rows, if there are any."""
+    with psycopg.connect(url, autocommit=True) as conn:
+        cursor = conn.execute(statement, parameters or None)
+        return cursor.fetchall() if cursor.description else []
+
+
 def seed(url: str, rows: int) -> None:
     with psycopg.connect(url, autocommit=True) as conn:
-        conn.execute(DDL)
-        conn.execute(IDENTITY)
         for tenant, first in ((TENANT, 1), (OTHER, 10_000_001)):
             conn.execute(
                 "INSERT INTO app.item SELECT %s, g, 'name ' || g, g * 1.10, repeat(md5(g::text), 100)"
@@ -123,24 +165,30 @@ def seed(url: str, rows: int) -> None:
 
 
 @asynccontextmanager
-async def rig(source_url: str, target_url: str, rows: int = 500) -> AsyncIterator[Rig]:
+async def rig(
+    source_url: str, target_url: str, rows: int = 500, subject: Subject = ITEMS
+) -> AsyncIterator[Rig]:
     """Seeded source, empty target, publication and slot; everything is dropped with the databases."""
     identity = Identity(MigrationId(uuid4()), Epoch(1))
     source = Database(Secret(source_url), "source", identity, limit=20)
     target = Database(Secret(target_url), "target", identity, limit=20)
-    seed(source_url, rows)
+    with psycopg.connect(source_url, autocommit=True) as conn:
+        conn.execute(subject.ddl)
+        conn.execute(subject.identity)
     with psycopg.connect(target_url, autocommit=True) as conn:
-        conn.execute(DDL)
+        conn.execute(subject.ddl)
+    if subject.tables == (ITEM,):
+        seed(source_url, rows)
     await agent.install(source, identity)
     await agent.install(target, identity)
 
     async def say(text: str) -> None:
         pass
 
-    await publication.create_publication(source, identity.migration, [ITEM], TENANT, say)
+    await publication.create_publication(source, identity.migration, subject.tables, TENANT, say)
     start = await publication.create_slot(source, identity.migration, say)
     await publication.store_start(target, identity, start)
-    shape = Shape({"app": "app"}, (ITEM,), fresh=False)
+    shape = subject.shape
     name = publication.name_of(identity.migration)
     async with AsyncExitStack() as stack:
         points = await stack.enter_async_context(Points.open(source))
@@ -150,7 +198,19 @@ async def rig(source_url: str, target_url: str, rows: int = 500) -> AsyncIterato
         stack.push_async_callback(stream.close)
         follower = Follower(stream, points, writer, Progress())
         copier = BulkCopier(source, target, shape, TENANT, identity)
-        yield Rig(source_url, target_url, follower, writer, copier, stream)
+        migration = identity.migration
+        yield Rig(
+            source_url,
+            target_url,
+            subject,
+            source,
+            target,
+            migration,
+            follower,
+            writer,
+            copier,
+            stream,
+        )
 
 
 @asynccontextmanager
@@ -179,7 +239,8 @@ async def hammering(url: str, clients: int = 4, seed: int = 0) -> AsyncIterator[
 
 
 async def _transaction(conn: psycopg.AsyncConnection, rng: random.Random, number: int) -> None:
-    """A few random statements, among them subtransactions, key changes and changes of tenant."""
+    """A few random statements, among them subtransactions, key changes and changes of tenant, both with
+    and without a value of `big` that the stream carries."""
     async with conn.transaction():
         if rng.random() < 0.3:
             await conn.execute("SET LOCAL synchronous_commit = off")
@@ -196,14 +257,16 @@ async def _transaction(conn: psycopg.AsyncConnection, rng: random.Random, number
                         )
                 case 3:
                     await conn.execute(
-                        "UPDATE app.item SET id = %s, big = big || '' WHERE id = %s AND NOT EXISTS"
-                        " (SELECT FROM app.item WHERE id = %s)",
-                        (id + 5000, id, id + 5000),
+                        "UPDATE app.item SET id = %s, big = CASE WHEN %s THEN big || '' ELSE big END"
+                        " WHERE id = %s AND NOT EXISTS (SELECT FROM app.item WHERE id = %s)",
+                        (id + 5000, rng.random() < 0.5, id, id + 5000),
                     )
                 case 4:
                     owner = rng.choice((TENANT, OTHER))
                     await conn.execute(
-                        "UPDATE app.item SET tenant_id = %s, big = upper(big) WHERE id = %s", (owner, id)
+                        "UPDATE app.item SET tenant_id = %s, big = CASE WHEN %s THEN upper(big) ELSE big END"
+                        " WHERE id = %s",
+                        (owner, rng.random() < 0.9, id),
                     )
                 case _:
                     await conn.execute(

@@ -1,0 +1,137 @@
+"""kill -9 of the daemon at every named moment of a migration, each time followed by a restart, while the
+tenant's application writes: the migration completes, and nothing is lost.
+
+A crash point that the way does not pass would make the daemon live on: the test would fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import pytest
+
+from mover.core.migration import Wish
+from mover.demo.stage import Stage
+from tests.support.acceptance import Watch, at, clean, killed
+
+# A dead daemon's migration is claimed again after so long.
+LEASE_S = 1.0
+# The daemon needs this to be up and to get there.
+REACH_TIMEOUT_S = 60
+
+PREPARING = (
+    "preflight.begun",
+    "preflight.done",
+    "provision.done",
+    "prepare.ownership.done",
+    "prepare.schemas.begun",
+    "prepare.schemas.done",
+    "identity.recorded",
+    "identity.built",
+    "prepare.identity.done",
+    "prepare.sequences.done",
+    "guards.target",
+    "prepare.guards.done",
+    "stream.published",
+    "stream.slot",
+    "prepare.done",
+)
+TRANSFERRING = (
+    "copy.begun",
+    "copy.chunk",
+    "follow.applied",
+    "copy.done",
+    "index.begun",
+    "index.done",
+    "catch_up.begun",
+    "verify.begun",
+    "verify.done",
+)
+SWITCHING = (
+    "cutover.begun",
+    "cutover.closed",
+    "recovery.aborted",
+    "cutover.proved",
+    "cutover.decided",
+    "cutover.opened",
+)
+ENDING = (
+    "cutover.done",
+    "monitor.begun",
+    "monitor.keep_target.done",
+    "monitor.stop_stream.done",
+    "monitor.identity.done",
+    "monitor.done",
+    "removal.batch",
+    "cleanup.source_rows.done",
+    "cleanup.target_guards.done",
+    "forgotten.target",
+    "forgotten.source",
+    "cleanup.done",
+)
+UNDOING = (
+    "undo.stream.begun",
+    "undo.stream.done",
+    "undo.source_guards.done",
+    "undo.target_guards.done",
+    "undo.target_rows.done",
+    "undo.identity.done",
+    "forgotten.target",
+    "undo.forget.done",
+)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [PREPARING, TRANSFERRING, SWITCHING, ENDING],
+    ids=["while preparing", "while rows flow", "while switching", "while ending"],
+)
+@pytest.mark.parametrize("shared", [False, True], ids=["empty target", "shared target"])
+async def test_a_migration_survives_kill_9(pg16, pg18, make_scene, points, shared):
+    scene = make_scene(pg16, pg18, shared=shared)
+    other = scene.tenants[1].id
+    watch = scene.watch(writers=[other])
+    stage = scene.stage(lease_seconds=LEASE_S)
+    async with scene.writing(others=[other]) as workload:
+        first, *more = points
+        async with killed(stage):
+            await stage.start(**at(first))
+            await watch.submit(stage)
+            await dies(stage, watch)
+            for point in more:
+                await stage.launch(**at(point))
+                await dies(stage, watch)
+            await stage.start()
+            await watch.until("completed")
+    clean(workload.report())
+    watch.check_completed()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["empty target", "shared target"])
+async def test_calling_a_migration_off_survives_kill_9(pg16, pg18, make_scene, shared):
+    scene = make_scene(pg16, pg18, shared=shared)
+    watch = scene.watch()
+    stage = scene.stage(lease_seconds=LEASE_S)
+    async with scene.writing() as workload, killed(stage):
+        await stage.start(**at("cutover.closed"))
+        await watch.submit(stage)
+        await dies(stage, watch)
+        await scene.wish(watch, Wish.CANCEL)
+        for point in UNDOING:
+            await stage.launch(**at(point))
+            await dies(stage, watch)
+        await stage.start()
+        await watch.until("cancelled")
+    clean(workload.report())
+    watch.check_undone("cancelled")
+
+
+async def dies(stage: Stage, watch: Watch) -> None:
+    """Until the crash point has killed the daemon; meanwhile the migration is watched."""
+    async with asyncio.TaskGroup() as tasks:
+        watching = tasks.create_task(watch.for_ever())
+        async with asyncio.timeout(REACH_TIMEOUT_S):
+            code = await stage.wait()
+        watching.cancel()
+    assert code == -signal.SIGKILL, stage.log_path.read_text()[-3000:]
