@@ -14,6 +14,8 @@ import psycopg
 from mover.core.errors import LeaseLost
 from mover.postgres.connect import Database, Identity
 
+# For a transaction of the old owner that outlives its session's end; then the take-over is tried again.
+TAKE_TIMEOUT = "5s"
 _HOLD = "SELECT 1 FROM mover.owner WHERE migration = %s AND epoch = %s FOR SHARE"
 _HOLD_BULK = "SELECT 1 FROM mover.owner WHERE migration = $1 AND epoch = $2 FOR SHARE"
 # Waits for transactions of the old owner that hold the row; afterwards they find another epoch.
@@ -46,7 +48,7 @@ async def hold_bulk(conn: asyncpg.Connection[Any], identity: Identity) -> None:
 
 async def take(database: Database, identity: Identity) -> None:
     """End the old owner's backends and raise the epoch. Raises LeaseLost when a newer owner was here."""
-    async with database.connect("owner", lock_timeout="5s") as conn:
+    async with database.connect("owner", lock_timeout=TAKE_TIMEOUT) as conn:
         await conn.execute(_END_OLD_BACKENDS, {"prefix": identity.prefix, "epoch": identity.epoch})
         row = await (await conn.execute(_TAKE, (identity.migration, identity.epoch))).fetchone()
         if row is None:

@@ -88,7 +88,8 @@ async def test_take_waits_for_a_transaction_that_holds_the_epoch(url):
             await owner.hold(zombie, old)
 
 
-async def test_take_gives_up_rather_than_begin_beside_a_suspended_transaction(url):
+async def test_take_gives_up_rather_than_begin_beside_a_suspended_transaction(url, monkeypatch):
+    monkeypatch.setattr(owner, "TAKE_TIMEOUT", "200ms")
     old = await installed(url)
     new = successor(old)
     async with nameless(url) as zombie:

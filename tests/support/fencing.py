@@ -18,6 +18,7 @@ from mover.core.secret import Secret
 from mover.postgres import agent
 from mover.postgres.connect import Database, Identity
 from mover.postgres.fence import PgFence
+from tests.support.waiting import until
 
 TENANT = TenantId(UUID(int=1))
 OTHER = TenantId(UUID(int=2))
@@ -228,6 +229,10 @@ class Ledger:
         self.acknowledged.add(token)
         return True
 
+    async def busy(self, writers: int) -> None:
+        """Until that many writers have had something acknowledged."""
+        await until(lambda: len({token.partition("/")[0] for token in self.acknowledged}) >= writers)
+
     async def write_until_refused(self, world: Fenced, number: int) -> None:
         style, level = REPEATABLE[number % len(REPEATABLE)], LEVELS[number % len(LEVELS)]
         async with world.connect(level) as conn:
@@ -256,11 +261,15 @@ class OpenTransaction:
         await self.conn.execute("SELECT count(*) FROM app.item")
 
     async def write(self) -> None:
-        await self.style(self.conn, self.token, self.row)
+        """SERIALIZABLE may refuse for reasons of its own."""
+        with contextlib.suppress(errors.SerializationFailure):
+            await self.style(self.conn, self.token, self.row)
 
     async def commit(self, ledger: Ledger) -> None:
-        await self.conn.execute("COMMIT")
-        ledger.acknowledged.add(self.token)
+        with contextlib.suppress(errors.SerializationFailure):
+            cursor = await self.conn.execute("COMMIT")
+            if cursor.statusmessage == "COMMIT":  # what has failed before is rolled back
+                ledger.acknowledged.add(self.token)
 
     async def write_and_commit(self, ledger: Ledger) -> None:
         try:
