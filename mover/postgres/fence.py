@@ -116,11 +116,17 @@ class PgFence:
         )
         with translate(self._database.label):
             guards = await self._guards(self._holder)
+            await self._warm_up(self._holder)
         if missing := sorted(t for t in self._guarded_tables if not guards.get(t)):
             raise SchemaChanged(
                 f"{self._database.label}: the guard is gone or disabled on {', '.join(map(str, missing))}",
                 hint="Somebody changed its triggers; resume, and they are made again.",
             )
+
+    async def _warm_up(self, conn: Connection) -> None:
+        """What the pause executes, without effect: a new session has to read the catalog and to plan."""
+        await self._holders(conn)
+        await self._transition(conn, (), "closed")
 
     async def close(self, lock_timeout_s: float) -> str:
         if self._holder is None:
@@ -140,22 +146,27 @@ class PgFence:
         return mark
 
     async def _refuse_old_holders(self, conn: Connection) -> None:
-        cursor = await conn.execute(load("fence")["holders"], {"key": self.key})
-        old = [who for who, age in await cursor.fetchall() if who and float(age or 0) > MAX_HOLDER_AGE_S]
+        old = [who for who, age_s in await self._holders(conn) if age_s > MAX_HOLDER_AGE_S]
         if old:
             raise CutoverAborted(
                 f"transactions that wrote the tenant's rows are open: {', '.join(old)}",
                 hint="They are waited for outside the fence; the cutover is tried again.",
             )
 
+    async def _holders(self, conn: Connection) -> list[tuple[str, float]]:
+        """Transactions that have written the tenant's rows, and how long they have been open."""
+        cursor = await conn.execute(load("fence")["holders"], {"key": self.key}, prepare=True)
+        return [(who or "one that has just ended", float(age or 0)) for who, age in await cursor.fetchall()]
+
     async def _close(self, conn: Connection, lock_timeout_s: float, mark: str) -> None:
         timeout = f"{lock_timeout_s * 1000:.0f}ms"
-        await conn.execute("SELECT set_config('lock_timeout', %s, false)", (timeout,))
         # A round trip of its own: should we freeze while waiting, the session ends with the fence open.
-        await conn.execute("SELECT pg_advisory_lock(%s)", (self.key,))
-        # The transaction takes the lock itself as well: should the session die before it
-        # commits, no writer slips in behind the mark.
-        async with conn.pipeline(), conn.transaction():
+        async with conn.pipeline():
+            await conn.execute("SELECT set_config('lock_timeout', %s, false)", (timeout,))
+            await conn.execute("SELECT pg_advisory_lock(%s)", (self.key,))
+        # One transaction, since the pipeline ends with the only Sync. It takes the lock itself as well:
+        # should the session die before it commits, no writer slips in behind the mark.
+        async with conn.pipeline():
             await conn.execute("SELECT pg_advisory_xact_lock(%s)", (self.key,))
             cursor = await self._transition(conn, ("open",), "closed", mark)
         if await cursor.fetchone() is None:
@@ -249,7 +260,7 @@ class PgFence:
         self, conn: Connection, old: tuple[str, ...], new: str, mark: str = ""
     ) -> psycopg.AsyncCursor[tuple[Any, ...]]:
         facts = self._facts() | {"old": list(old), "new": new, "mark": mark}
-        return await conn.execute(load("fence")["transition"], facts)
+        return await conn.execute(load("fence")["transition"], facts, prepare=True)
 
     async def _row(self, conn: Connection) -> tuple[Any, ...] | None:
         """(migration, state, tombstone), whoever's the place is now."""

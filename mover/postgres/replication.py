@@ -8,6 +8,7 @@ An error ends the stream; `start` begins it again.
 from __future__ import annotations
 
 import asyncio
+import select
 import time
 from collections import deque
 
@@ -41,6 +42,7 @@ class WalStream:
         self._database, self._slot, self._publication = database, slot, publication
         self._conn: pq.abc.PGconn | None = None
         self._socket = -1  # libpq forgets it when the connection breaks
+        self._input = select.poll()
         self._loop = asyncio.get_running_loop()
         self._confirmed = Lsn(0)
         self._reset()
@@ -70,12 +72,14 @@ class WalStream:
         await self._release_slot(after)
         options = f"proto_version '1', publication_names '{self._publication}', messages 'true'"
         command = f'START_REPLICATION SLOT "{self._slot}" LOGICAL {after} ({options})'
+        conn = await self._connect()
         try:
-            conn = await self._connect()
             await self._send_query(conn, command.encode())
-        except psycopg.Error as error:
-            raise self._broken() from error
+        except BaseException:
+            conn.finish()
+            raise
         self._conn, self._socket = conn, conn.socket
+        self._input.register(self._socket, select.POLLIN)
         self._resume_reading()
         self._beat()
 
@@ -96,7 +100,8 @@ class WalStream:
         self._queued_bytes -= size
         if not self._queue and self._error is None:
             self._arrived.clear()
-        if self._conn is not None and not self._reading and self._queued_bytes < QUEUE_LIMIT_BYTES // 2:
+        is_paused = self._conn is not None and self._error is None and not self._reading
+        if is_paused and self._queued_bytes < QUEUE_LIMIT_BYTES // 2:
             self._resume_reading()
         return taken
 
@@ -117,6 +122,7 @@ class WalStream:
         if conn is None:
             return
         self._pause_reading()
+        self._input.unregister(self._socket)
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         conn.finish()
@@ -176,13 +182,16 @@ class WalStream:
             remove(conn.socket)
 
     async def _send_query(self, conn: pq.abc.PGconn, command: bytes) -> None:
-        conn.send_query(command)
-        while conn.flush():
-            await self._ready(conn, write=True)
-        while conn.is_busy():
-            await self._ready(conn)
-            conn.consume_input()
-        result = conn.get_result()
+        try:
+            conn.send_query(command)
+            while conn.flush():
+                await self._ready(conn, write=True)
+            while conn.is_busy():
+                await self._ready(conn)
+                conn.consume_input()
+            result = conn.get_result()
+        except psycopg.Error as error:
+            raise self._broken() from error
         if result is None or result.status != pq.ExecStatus.COPY_BOTH:
             raise self._refusal(result)
 
@@ -206,7 +215,7 @@ class WalStream:
     def _resume_reading(self) -> None:
         self._reading = True
         self._loop.add_reader(self._socket, self._on_readable)
-        # libpq may already hold input that the socket will not announce again
+        # libpq may already hold input that the socket will not announce again.
         self._turn = self._loop.call_soon(self._read)
 
     def _pause_reading(self) -> None:
@@ -217,29 +226,28 @@ class WalStream:
             self._turn = None
 
     def _on_readable(self) -> None:
-        if self._turn is not None:  # still decoding: libpq's buffer must not grow meanwhile
-            return
-        try:
-            if self._conn is not None:
-                self._conn.consume_input()
-        except psycopg.Error:
-            self._fail(self._broken())
-            return
-        self._read()
+        if self._turn is None:  # otherwise still decoding: libpq's buffer must not grow meanwhile
+            self._read()
 
     def _read(self) -> None:
-        """Decode what has arrived, at most one turn's worth."""
+        """Decode what has arrived, at most one turn's worth.
+
+        Ends early only when the socket has neither input nor an error: the event loop may announce an
+        error once and never again."""
         self._turn = None
         try:
             for _ in range(MESSAGES_PER_TURN):
                 if self._conn is None or not self._reading:
                     return
                 length, data = self._conn.get_copy_data(1)
-                if length == 0:
-                    return
-                if length < 0:
+                if length > 0:
+                    self._frame(data)
+                elif length < 0:
                     raise self._refusal(self._conn.get_result())
-                self._frame(data)
+                elif self._input.poll(0):
+                    self._conn.consume_input()
+                else:
+                    return
             self._turn = self._loop.call_soon(self._read)
         except psycopg.Error:
             self._fail(self._broken())

@@ -78,8 +78,8 @@ def make_scene(
 
     scenes: list[Scene] = []
     yield make
-    for watch in [watch for scene in scenes for watch in scene.watches]:
-        watch.close()
+    for scene in scenes:
+        scene.close()
 
 
 def seed_core(url: str, tenants: list[Tenant]) -> None:

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 
-import psycopg
 import pytest
 import redis
 
-from mover.core.ids import Epoch, MigrationId
-from mover.core.secret import Secret
 from mover.demo.schema import schemas
-from mover.postgres.connect import Database, Identity
-from mover.postgres.fence import PgFence
 from tests.acceptance.conftest import neighbours
-from tests.support.acceptance import CORE, ESTATE, Home, clean
+from tests.support.acceptance import CORE, ESTATE, Home, clean, holding_off
 from tests.support.checks import leftovers
 
 
@@ -141,16 +135,6 @@ async def test_a_refused_migration_fails_with_every_reason_and_leaves_nothing(pg
     assert watch.row["error"]["code"] == "refused"
     assert "core_dms.logs" in watch.row["error"]["message"]
     assert "core_crm.deals" in watch.row["error"]["message"]
-
-
-@contextmanager
-def holding_off(home: Home, tenant):
-    """A cutover gives up as long as somebody holds what an open transaction of the tenant's holds."""
-    nobody = Identity(MigrationId(tenant), Epoch(0))
-    fence = PgFence(Database(Secret(home.url), "test"), tenant, home.vertical, nobody, 1)
-    with psycopg.connect(home.url, autocommit=True) as conn:
-        conn.execute("select pg_advisory_lock_shared(%s)", (fence.key,))
-        yield
 
 
 def identities(home: Home) -> set[str]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from tempfile import NamedTemporaryFile
 from uuid import uuid4
 
 import psycopg
@@ -28,19 +28,30 @@ from tests.support.rig import DDL, ITEM, OTHER, TENANT, Rig, rig
 
 CLIENTS = 40
 SECONDS = 60  # of copying and verifying while others write
-PROOF_SECONDS, PROOF_ATTEMPTS = 10, 6  # of reading through slots; one attempt loses some hundred rows
+READERS = 6
+PROOF_SECONDS, PROOF_ATTEMPTS = 8, 6  # of reading through slots; one attempt loses up to some hundred rows
 FIRST_ID = 1_000_000_000
-RECENT_BLOCKS = 50  # where rows that are being committed lie
-WRITE = f"insert into app.item (tenant_id, id, name) values ('{OTHER}', nextval('app.others'), 'x');\n"
-READ = """
-begin isolation level repeatable read;
-set transaction snapshot {snapshot};
-select count(*) from app.item where ctid >= {first};
-commit
+WRITE = f"insert into app.item (tenant_id, id, name) values ('{OTHER}', nextval('app.others'), 'x');"
+# What has just been written lies in the last blocks.
+LAST_BLOCKS = "select greatest(0, pg_relation_size('app.item') / 8192 - 50) as first \\gset"
+READ = "select count(*) from app.item where ctid >= '(:first,0)';"
+BEGIN = "begin isolation level repeatable read read only;"
+THROUGH_A_SLOT = f"""
+{LAST_BLOCKS}
+{BEGIN}
+CREATE_REPLICATION_SLOT proof_:client_id TEMPORARY LOGICAL pgoutput (SNAPSHOT 'use');
+{READ}
+commit;
+DROP_REPLICATION_SLOT proof_:client_id;
+"""
+ORDINARILY = f"""
+{LAST_BLOCKS}
+{BEGIN}
+{READ}
+commit;
 """
 
 Connection = psycopg.AsyncConnection
-TakenSnapshot = Callable[[Connection], AbstractAsyncContextManager[str]]
 
 
 @pytest.fixture(scope="module")
@@ -50,98 +61,75 @@ def server() -> Iterator[PostgresServer]:
         yield started
 
 
-class Writers:
-    """pgbench's clients, all of them other tenants."""
+class Bench:
+    """pgbench with one script, in several clients."""
 
-    def __init__(self, process: asyncio.subprocess.Process, url: str) -> None:
-        self._process, self._url = process, url
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
 
     @property
-    def writing(self) -> bool:
+    def running(self) -> bool:
         return self._process.returncode is None
 
-    async def lost(self) -> int:
-        """Rows that pgbench has committed and that a query does not see."""
+    async def transactions(self) -> int:
+        """How many were done when the time was over."""
         output = (await self._process.communicate())[0].decode()
-        assert self._process.returncode == 0, output
         found = re.search(r"actually processed: (\d+)", output)
-        assert found, output
-        committed = int(found[1])
-        assert committed > 1000 * CLIENTS, "the server was not saturated"
-        query = "select count(*) from app.item where tenant_id = %s and id >= %s"
-        async with await Connection.connect(self._url) as conn:
-            (visible,) = await (await conn.execute(query, (OTHER, FIRST_ID))).fetchone()
-        return committed - visible
+        assert self._process.returncode == 0 and found, output
+        return int(found[1])
 
 
 @asynccontextmanager
-async def others_writing(
-    server: PostgresServer, url: str, seconds: int, folder: Path
-) -> AsyncIterator[Writers]:
-    script = folder / "insert.sql"
-    script.write_text(WRITE)
-    process = await asyncio.create_subprocess_exec(
-        *(server.binary("pgbench"), "--no-vacuum", "-c", str(CLIENTS), "-j", "2", "-T", str(seconds)),
-        *("-f", script, url),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
-        yield Writers(process, url)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+async def pgbench(
+    server: PostgresServer, url: str, script: str, clients: int, seconds: int
+) -> AsyncIterator[Bench]:
+    with NamedTemporaryFile("w", suffix=".sql") as file:
+        file.write(script + "\n")
+        file.flush()
+        process = await asyncio.create_subprocess_exec(
+            *(server.binary("pgbench"), "--no-vacuum", "-c", str(clients), "-j", "2", "-T", str(seconds)),
+            *("-f", file.name, url),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        try:
+            yield Bench(process)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
 
-async def execute(url: str, *statements: str) -> None:
+@asynccontextmanager
+async def others_writing(server: PostgresServer, url: str, seconds: int) -> AsyncIterator[Bench]:
+    async with pgbench(server, url, WRITE, CLIENTS, seconds) as bench:
+        yield bench
+
+
+async def lost(url: str, writers: Bench) -> int:
+    """Rows that pgbench has committed and that a query does not see."""
+    committed = await writers.transactions()
+    assert committed > 100 * CLIENTS, "the server was not saturated"
+    query = "select count(*) from app.item where tenant_id = %s and id >= %s"
+    async with await Connection.connect(url) as conn:
+        (visible,) = await (await conn.execute(query, (OTHER, FIRST_ID))).fetchone()
+    return committed - visible
+
+
+async def execute(url: str, *statements: str | sql.Composed) -> None:
     async with await Connection.connect(url, autocommit=True) as conn:
         for statement in statements:
             await conn.execute(statement)
 
 
-@asynccontextmanager
-async def slots_snapshot(conn: Connection) -> AsyncIterator[str]:
-    """What must never be read through."""
-    name = sql.Identifier(f"proof_{uuid4().hex}")
-    create = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')")
-    (_, _, snapshot, _) = await (await conn.execute(create.format(name))).fetchone()
-    yield snapshot
-    await conn.execute(sql.SQL("DROP_REPLICATION_SLOT {}").format(name))
-
-
-@asynccontextmanager
-async def ordinary_snapshot(conn: Connection) -> AsyncIterator[str]:
-    """As our consistent points take it."""
-    await conn.execute("begin isolation level repeatable read")
-    (snapshot,) = await (await conn.execute("select pg_export_snapshot()")).fetchone()
-    yield snapshot
-    await conn.execute("rollback")
-
-
-async def rows_lost(
-    server: PostgresServer, url: str, folder: Path, taken_snapshot: TakenSnapshot
-) -> tuple[int, int]:
-    """Read what has just been written, through snapshot after snapshot: (snapshots, rows lost)."""
-    count, first = 0, 0
+async def read_while_others_write(server: PostgresServer, url: str, script: str) -> tuple[int, int]:
+    """How many snapshots were read through, and how many rows were lost by that."""
+    as_walsender = f"{url}?replication=database"
     async with (
-        others_writing(server, url, PROOF_SECONDS, folder) as writers,
-        await replication_connection(url) as exporting,
-        await Connection.connect(url, autocommit=True) as reading,
+        others_writing(server, url, PROOF_SECONDS) as writers,
+        pgbench(server, as_walsender, script, READERS, PROOF_SECONDS) as readers,
     ):
-        while writers.writing:
-            async with taken_snapshot(exporting) as snapshot:
-                # in one turn, since the commit log is about to be written
-                await reading.execute(sql.SQL(READ).format(snapshot=snapshot, first=f"({first},0)"))
-            size = await reading.execute("select pg_relation_size('app.item') / 8192")
-            first = max(0, (await size.fetchone())[0] - RECENT_BLOCKS)
-            count += 1
-        return count, await writers.lost()
-
-
-async def replication_connection(url: str) -> Connection:
-    """For SQL and replication commands; it knows no prepared statements."""
-    return await Connection.connect(f"{url}?replication=database", autocommit=True, prepare_threshold=None)
+        return await readers.transactions(), await lost(url, writers)
 
 
 @pytest.fixture
@@ -149,29 +137,29 @@ def busy_database(server, make_database) -> str:
     return make_database(server)
 
 
-async def test_reading_through_a_slots_snapshot_loses_committed_rows(server, busy_database, tmp_path):
+async def test_reading_through_a_slots_snapshot_loses_committed_rows(server, busy_database):
     """The proof that the tests below can fail."""
     await execute(busy_database, DDL, f"create sequence app.others start {FIRST_ID} cache 100")
-    snapshots = lost = 0
+    snapshots = rows = 0
     for _ in range(PROOF_ATTEMPTS):
-        taken, lost = await rows_lost(server, busy_database, tmp_path, slots_snapshot)
+        taken, rows = await read_while_others_write(server, busy_database, THROUGH_A_SLOT)
         snapshots += taken
-        if lost:
+        if rows:
             break
         await execute(busy_database, "truncate app.item")
-    print(f"{lost} committed rows lost by reading through {snapshots} snapshots of slots")
-    assert lost, f"{snapshots} snapshots of slots lost nothing: the tests below prove nothing here"
+    print(f"{rows} committed rows lost by reading through {snapshots} snapshots of slots")
+    assert rows, f"{snapshots} snapshots of slots lost nothing: the tests below prove nothing here"
 
 
-async def test_the_same_reading_through_ordinary_snapshots_loses_nothing(server, busy_database, tmp_path):
+async def test_the_same_reading_through_ordinary_snapshots_loses_nothing(server, busy_database):
     await execute(busy_database, DDL, f"create sequence app.others start {FIRST_ID} cache 100")
-    snapshots, lost = await rows_lost(server, busy_database, tmp_path, ordinary_snapshot)
+    snapshots, rows = await read_while_others_write(server, busy_database, ORDINARILY)
     assert snapshots > 100
-    assert lost == 0
+    assert rows == 0
 
 
 async def test_copying_and_verifying_under_saturating_writers_loses_nothing(
-    server, busy_database, pg18, make_database, tmp_path
+    server, busy_database, pg18, make_database
 ):
     # Every reading of ours passes over everybody's rows, also those that are being committed.
     for scan in ("indexscan", "indexonlyscan", "bitmapscan"):
@@ -183,8 +171,8 @@ async def test_copying_and_verifying_under_saturating_writers_loses_nothing(
         await execute(busy_database, f"create sequence app.others start {FIRST_ID} cache 100")
         await r.follower.start()
         following = tasks.create_task(r.follower.run())
-        async with others_writing(server, busy_database, SECONDS, tmp_path) as writers:
-            while writers.writing:
+        async with others_writing(server, busy_database, SECONDS) as writers:
+            while writers.running:
                 await r.copy().run()
                 verification.passes = 0  # everything once more
                 await verification.one_pass()
@@ -192,7 +180,7 @@ async def test_copying_and_verifying_under_saturating_writers_loses_nothing(
                 r.writer.set_copied({})
                 await execute(target, "truncate app.item", "delete from mover.chunk")
                 rounds += 1
-            assert await writers.lost() == 0
+            assert await lost(busy_database, writers) == 0
         following.cancel()
     print(f"{rounds} rounds of copying and verifying")
     assert rounds >= 10

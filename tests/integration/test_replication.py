@@ -78,7 +78,8 @@ async def test_a_huge_transaction_flows_through_in_one_target_transaction(pair):
             seen = set()
             async with asyncio.TaskGroup() as tasks:
                 watching = tasks.create_task(watch_count(pair.target, seen), name="watch the target")
-                execute(
+                await asyncio.to_thread(
+                    execute,
                     pair.source,
                     "INSERT INTO app.item SELECT %s, g, 'name ' || g, g, repeat('x', 100)"
                     " FROM generate_series(2, %s) g",
@@ -219,10 +220,11 @@ async def test_a_reader_that_takes_nothing_is_not_cut_off(pair, monkeypatch):
     monkeypatch.setattr(replication, "WAL_SENDER_TIMEOUT", "1s")
     monkeypatch.setattr(replication, "STATUS_INTERVAL_S", 0.2)
     monkeypatch.setattr(replication, "QUEUE_LIMIT_BYTES", 1 << 20)
-    async with rig(pair.source, pair.target, rows=10_000) as r, r.following():
+    async with rig(pair.source, pair.target, rows=4000) as r, r.following():
         await r.copy().run()
         async with r.follower.paused():
-            execute(pair.source, "UPDATE app.item SET big = big || 'x'")  # far more than fits
+            more_than_fits = "UPDATE app.item SET big = big || 'x'"
+            await asyncio.to_thread(execute, pair.source, more_than_fits)
             await until(lambda: r.stream._queued_bytes >= 1 << 20)
             pid, started = sender(pair.source, r.slot)
             await until(lambda: sender(pair.source, r.slot)[1] > started + 12)
@@ -299,7 +301,7 @@ def count(url: str) -> int:
 def end_stream(url: str, slot: str) -> None:
     execute(
         url,
-        "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots WHERE slot_name = %s",
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s",
         slot,
     )
 

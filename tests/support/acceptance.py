@@ -8,8 +8,8 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from mover.core.crash import VARIABLE
-from mover.core.ids import TenantId
+from mover.core.ids import Epoch, MigrationId, TenantId
 from mover.core.migration import Wish
 from mover.core.secret import Secret
 from mover.demo.ledger import Counted, Key, Ledger, Write, verify_ledger
@@ -30,6 +30,8 @@ from mover.demo.seed import Tenant
 from mover.demo.servers import Cluster
 from mover.demo.stage import Stage
 from mover.demo.workload import Rates, Workload, WorkloadReport
+from mover.postgres.connect import Database, Identity
+from mover.postgres.fence import PgFence
 from mover.postgres.store import open_store
 from tests.support.checks import (
     Multiset,
@@ -167,6 +169,10 @@ class Scene:
         watch = Watch(self, tenant or self.tenant, self.homes[source], self.homes[target], writers)
         self.watches.append(watch)
         return watch
+
+    def close(self) -> None:
+        for watch in self.watches:
+            watch.close()
 
     def route(self, tenant: TenantId | None = None) -> str:
         """The vertical in which the tenant lives."""
@@ -428,6 +434,16 @@ async def killed(stage: Stage) -> AsyncIterator[Stage]:
         yield stage
     finally:
         await stage.kill()
+
+
+@contextmanager
+def holding_off(home: Home, tenant: TenantId) -> Iterator[None]:
+    """A cutover gives up as long as somebody holds what an open transaction of the tenant's holds."""
+    nobody = Identity(MigrationId(tenant), Epoch(0))
+    fence = PgFence(Database(Secret(home.url), "test"), tenant, home.vertical, nobody, 1)
+    with psycopg.connect(home.url, autocommit=True) as conn:
+        conn.execute("select pg_advisory_lock_shared(%s)", (fence.key,))
+        yield
 
 
 def at(point: str, number: signal.Signals = signal.SIGKILL) -> dict[str, str]:
