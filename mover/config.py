@@ -219,7 +219,7 @@ class Engine(_Section):
     capture: Literal["auto", "wal", "trigger"] = "auto"
     copy_workers: int = Field(default=4, ge=1, le=64)
     max_connections_per_database: int = Field(
-        default=12, ge=4
+        default=12, ge=8
     )  # stream, apply, snapshot and fence need one each
     pause_budget_ms: int = Field(default=1000, ge=10)
     wave_seconds: float = Field(default=600, gt=0)

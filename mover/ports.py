@@ -42,12 +42,13 @@ class MoveStore(Protocol):
     All methods raise Unreachable when the platform database does not answer.
     """
 
-    async def claim(self, owner: str, lease_seconds: float) -> Claim | None:
+    async def claim(self, owner: str, lease_seconds: float, *, settling_only: bool = False) -> Claim | None:
         """Lease the most urgent migration that is due and free, raising its epoch, or None.
 
         Due: `queued` with scheduled_at reached (it becomes `in_progress`), or `in_progress`,
         `monitoring`, `rolling_back` whose lease ended, or `completed` with a tombstone to be looked
-        at. By priority, then age; SKIP LOCKED."""
+        at. One that was left in its cutover comes first, since writers may be waiting for it, and with
+        `settling_only` nothing else; then by priority and age. SKIP LOCKED."""
         ...
 
     async def heartbeat(self, claim: Claim, lease_seconds: float) -> Wish | None:
@@ -245,6 +246,10 @@ class ChangeSource(Protocol):
 
     async def mark(self) -> str:
         """Emit a mark; the stream reaches it after everything that has committed so far."""
+        ...
+
+    async def schema_stamp(self, schemas: Collection[str]) -> str:
+        """Changes whenever a table or column of these schemas comes, goes or changes; quick to read."""
         ...
 
     async def wal_lsn(self) -> Lsn:

@@ -70,9 +70,11 @@ class Daemon:
             await asyncio.gather(*self._active.values(), return_exceptions=True)
 
     async def _claim_what_is_due(self) -> None:
-        while len(self._active) < self.max_active:
+        """As many as there is room for; a cutover that was left half-way never waits for room."""
+        while True:
+            full = len(self._active) >= self.max_active
             try:
-                claim = await self.store.claim(self.name, self.lease_s)
+                claim = await self.store.claim(self.name, self.lease_s, settling_only=full)
             except MoverError as error:
                 log.warning("the queue does not answer", action="claim", error=str(error))
                 return
@@ -98,7 +100,7 @@ class Daemon:
         work = Work(claim, self.store, self.make_move, self.clock, self.lease_s, self._failures)
         try:
             await work.run()
-            if work.ended is not None:
+            if work.ended not in (None, Status.MONITORING):
                 began = migration.started_at or migration.created_at
                 self.metrics.ended(migration, work.ended, (datetime.now(UTC) - began).total_seconds())
         except LeaseLost:
@@ -129,12 +131,13 @@ class Work:
         self.progress.waiting_for = None
         task = asyncio.create_task(self._attempt(), name="attempt")
         heart = asyncio.create_task(self._beat(task), name="heartbeat")
+        eyes = asyncio.create_task(self._watch(), name="measure")
         with suppress(asyncio.CancelledError):  # the daemon stops: like a wish, but without one
             await asyncio.wait([task, heart], return_when=asyncio.FIRST_COMPLETED)
-        for each in (task, heart):
+        for each in (task, heart, eyes):
             if not each.cancelling():  # a second cancellation would tear a cutover that is ending itself
                 each.cancel()
-        await asyncio.wait([task, heart])
+        await asyncio.wait([task, heart, eyes])
         if not heart.cancelled() and (error := heart.exception()):
             raise error
         if task.cancelled():
@@ -214,7 +217,12 @@ class Work:
         """The task was cancelled: by a wish, or because the daemon stops."""
         await self._save()
         switched = self._wish is not None and await self.store.is_switched(self.claim)
-        if switched:
+        rests = self._move is None or self._move.may_rest
+        if self._wish is not None and not rests:
+            await self.store.event(
+                self.claim, f"{self._wish} waits: the outcome of the cutover comes first", "warning"
+            )
+        elif switched:
             await self.store.event(
                 self.claim, f"{self._wish} came after the switch and is ignored", "warning"
             )
@@ -239,22 +247,23 @@ class Work:
                 except MoverError as error:
                     if self.clock.monotonic() - renewed > self.lease_s:
                         raise LeaseLost("the lease ran out while the platform database was away") from error
-                if self._wish is not None:
+                # A cutover that somebody left half-way is settled before any wish is obeyed.
+                if self._wish is not None and self._move is not None and self._move.may_rest:
                     task.cancel()
                     return
                 beat_at = self.clock.monotonic() + beat_every
-            await self._measure()
             await self.clock.sleep(min(PROGRESS_S, beat_every))
 
-    async def _measure(self) -> None:
-        try:
-            if self._move is not None:
-                await self._move.measure()
-            await self.store.save_progress(self.claim, self.progress)
-        except LeaseLost:
-            raise
-        except MoverError as error:
-            log.debug("progress not saved", action="progress", error=str(error))
+    async def _watch(self) -> None:
+        """Show progress; apart from the heartbeat, which must not wait for source or target."""
+        while True:
+            try:
+                if self._move is not None:
+                    await self._move.measure()
+                await self._save()
+            except MoverError as error:
+                log.debug("progress not saved", action="progress", error=str(error))
+            await self.clock.sleep(PROGRESS_S)
 
     async def _save(self) -> None:
         await self.store.save_progress(self.claim, self.progress)

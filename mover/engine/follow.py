@@ -64,9 +64,12 @@ class Follower:
                         await self.stream.wait()
                 except TimeoutError:
                     async with self._turn:
-                        await self._confirm_idle()
+                        if self._ended is None:
+                            await self._confirm_idle()
                     continue
                 async with self._turn:
+                    if self._ended is not None:
+                        return
                     await self._apply_batch()
         except BaseException as error:
             self._end(error)
@@ -98,7 +101,12 @@ class Follower:
         async with self._turn:
             await self._drain_backlog()
             async with self._at_point(lifetime) as point:
-                yield point
+                try:
+                    yield point
+                except BaseException as error:
+                    # What the holder has put on the target is not known here: apply nothing any more.
+                    self._end(error)
+                    raise
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
@@ -156,12 +164,10 @@ class Follower:
     async def _at_point(self, lifetime: AsyncExitStack) -> AsyncIterator[ConsistentPoint]:
         point = await lifetime.enter_async_context(self.source.consistent_point())
         deferred = await self._apply_visible(point)
-        try:
-            yield point
-        finally:
-            if deferred:
-                # Never confirmed, so the slot sends them again; `_snapshot` skips the others.
-                await self.stream.start(self.applied)
+        yield point
+        if deferred:
+            # Never confirmed, so the slot sends them again; `_snapshot` skips the others.
+            await self.stream.start(self.applied)
 
     async def _apply_visible(self, point: ConsistentPoint) -> bool:
         """In one target transaction, what the point sees of the stream up to its mark.

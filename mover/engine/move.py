@@ -7,6 +7,7 @@ written before the world changed.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -50,7 +51,9 @@ DRAIN_SHARE = 0.2
 SMALL_LAG_BYTES = 1 << 20
 # After an aborted attempt writers get this long before the next one; doubled up to the second number.
 CUTOVER_BACKOFF_S = (1.0, 30.0)
+# The rest of a window that is waited for on the spot, and the time between looks at a longer one.
 MONITOR_INTERVAL_S = 5.0
+MONITOR_LOOK_S = 60.0
 TOMBSTONE_INTERVAL_S = 3600.0
 DAMAGE = "damage_after_switch"  # the note that keeps the source from being cleaned
 SERVERS = "servers"  # the note that keeps which ones they were
@@ -108,17 +111,23 @@ class Move:
     progress: Progress = field(default_factory=Progress)
     follower: Follower | None = None
     switched_at: datetime | None = None
+    # False while writers may be waiting for the outcome of a cutover: no wish is obeyed meanwhile.
+    may_rest: bool = field(init=False)
     _near_at: float | None = None  # when the target was last close behind
     _first_bytes: tuple[float, int] | None = None  # where this owner began to copy
 
+    def __post_init__(self) -> None:
+        self.may_rest = not self._was_reached(Phase.CUTOVER)
+
     async def run(self) -> Status:
-        """From where the journal stands to `completed`."""
+        """From where the journal stands to `completed`, or to the next look at the monitoring window."""
         if self._was_reached(Phase.CUTOVER) and await self._settle_earlier():
             plan = await self._stored_plan()
         else:
             plan = await self._begin()
             await self._transfer(plan.shape)
-        await self._monitor(plan.shape)
+        if not await self._monitor(plan.shape):
+            return Status.MONITORING
         await self._clean_up(plan.shape)
         return Status.COMPLETED
 
@@ -126,15 +135,26 @@ class Move:
         """Remove everything we made; the source never noticed. Ends as `outcome` says."""
         plan = await self.store.load_plan(self.claim)
         if plan is not None:
-            if await self.store.is_switched(self.claim):
-                raise DamageAfterSwitch("a switched migration cannot be undone by removing its target")
+            await self._make_sure_it_is_not_switched()
             await self._say("undoing: removing everything this migration made")
-            await self.site.take_over()
-            await self.site.reopen_source()
-            await self._remove_all(plan.shape)
+            await self._clear_source(plan.shape)
+            await self._clear_target(plan.shape)
         outcome = self.claim.migration.outcome or Status.CANCELLED
         await self.store.set_status(self.claim, outcome, error=self.claim.migration.error)
         return outcome
+
+    async def _make_sure_it_is_not_switched(self) -> None:
+        """The target's fence has the last word, where a cutover was tried and the target still answers.
+
+        Raises DamageAfterSwitch when the tenant is served by the target."""
+        switched = await self.store.is_switched(self.claim)
+        if not switched and self._was_reached(Phase.CUTOVER):
+            try:
+                switched = await self._settle_earlier()
+            except Refused as error:  # the database is gone, or does not let us in: it serves nobody
+                await self._say(f"undoing without the target: {error}", level="warning")
+        if switched:
+            raise DamageAfterSwitch("the tenant is served by the target: nothing is removed there")
 
     async def watch_tombstone(self) -> None:
         """A completed migration's guard on the source goes when nobody has met it for long enough."""
@@ -154,7 +174,9 @@ class Move:
         await self.site.take_over()
         if self._was_reached(Phase.CLEANUP):  # then the target was open, and its fence may be gone
             return True
-        return await self._settle()
+        switched = await self._settle()
+        self.may_rest = True
+        return switched
 
     async def _begin(self) -> Plan:
         """The phases before rows flow; a plan that was stored is kept."""
@@ -226,7 +248,7 @@ class Move:
                     async with self._phase(Phase.VERIFY):
                         await verification.until_small()
                     async with self._phase(Phase.CUTOVER):
-                        await self._cut_over(world, follower, verification)
+                        await self._cut_over(shape, world, follower, verification)
                     following.cancel()
             self.follower = None
             await self._compare_completely(verification)
@@ -266,6 +288,7 @@ class Move:
             source_readers=link.source_readers,
             target_readers=link.target_readers,
             on_rows=on_rows,
+            stamp=functools.partial(link.source.schema_stamp, list(shape.schemas)),
             on_mismatch=self.observer.integrity_failed,
         )
 
@@ -297,16 +320,22 @@ class Move:
             if self.clock.monotonic() - started < self.limits.pause_budget_s * DRAIN_SHARE:
                 return
 
-    async def _cut_over(self, world: World, follower: Follower, verification: Verification) -> None:
+    async def _cut_over(
+        self, shape: Shape, world: World, follower: Follower, verification: Verification
+    ) -> None:
         """Attempts until one fits the budget; an attempt that does not leaves no trace."""
         backoff, longest = CUTOVER_BACKOFF_S
         while True:
             await self._catch_up(follower)
             await verification.until_small()
             await self._know_servers()
+            verification.expected_stamp = await verification.stamp()
+            await self.site.check_schemas(shape)
+            self.may_rest = False
             try:
                 report = await _to_the_end(cut_over(world, self.limits.pause_budget_s))
             except CutoverAborted as error:
+                self.may_rest = True
                 self.observer.cutover("aborted", None)
                 self.progress.waiting_for = f"the next cutover attempt: {error}"
                 await self._say(f"cutover: {error}; trying again in {backoff:.0f} s", level="warning")
@@ -314,7 +343,9 @@ class Move:
                 self.progress.waiting_for = None
                 backoff = min(backoff * 2, longest)
             except OutcomeUnknown:
-                if await self._settle():
+                switched = await self._settle()
+                self.may_rest = True
+                if switched:
                     self.switched_at = datetime.now(UTC)
                     return
             else:
@@ -335,6 +366,7 @@ class Move:
                 return switched
 
     async def _switched(self, report: Report) -> None:
+        self.may_rest = True
         self.switched_at = datetime.now(UTC)
         self.progress.pause_ms = report.pause_ms
         self.progress.evidence |= {**report.evidence, "pause_steps_ms": dict(report.steps_ms)}
@@ -348,12 +380,9 @@ class Move:
             verdict = await verification.complete()
         except VerificationFailed as error:
             await self.store.end_step(self.claim, "cutover.complete_comparison", detail=str(error), ok=False)
+            self.progress.evidence["mismatches"] = list(error.evidence)
             await self.store.save_note(self.claim, DAMAGE, str(error))
-            raise DamageAfterSwitch(
-                f"after the switch: {error}",
-                where=error.where,
-                hint="The source keeps the rows as they were at the switch; nothing is cleaned up.",
-            ) from error
+            return
         self.progress.evidence |= {
             "source_root": verdict.source_root,
             "target_root": verdict.target_root,
@@ -364,27 +393,29 @@ class Move:
         await self.store.end_step(self.claim, "cutover.complete_comparison", detail=detail)
         await self._say(f"verified: {detail}")
 
-    async def _monitor(self, shape: Shape) -> None:
-        """The window before the source is cleaned. The forward stream is over."""
-        if damage := (await self.store.load_notes(self.claim)).get(DAMAGE):
-            raise DamageAfterSwitch(
-                f"after the switch: {damage}",
-                hint=f"The source is not cleaned while the note `{DAMAGE}` stands in the migration's notes.",
-            )
+    async def _monitor(self, shape: Shape) -> bool:
+        """The window before the source is cleaned; False when it is not over yet.
+
+        The forward stream is over. A long window is not waited for here: the claim is given back until
+        the next look, so that the watched migrations leave room for others. Raises DamageAfterSwitch."""
         async with self._phase(Phase.MONITOR):
-            if "source_root" not in self.progress.evidence:
-                await self._say(
-                    "the complete comparison after the switch did not end; the passes before it were clean",
-                    level="warning",
+            if not await self._is_done("monitor.stop_stream"):
+                await self._step("monitor.keep_target", self.site.keep_target, shape)
+                await self._step("monitor.stop_stream", self.site.stop_stream, self._wait_for)
+                if "source_root" not in self.progress.evidence:
+                    await self._say("no complete comparison after the switch, only before", level="warning")
+            if damage := (await self.store.load_notes(self.claim)).get(DAMAGE):
+                raise DamageAfterSwitch(
+                    f"after the switch: {damage}",
+                    hint=f"The source keeps its rows while the migration's notes hold `{DAMAGE}`.",
                 )
-            await self._step("monitor.keep_target", self.site.keep_target, shape)
-            await self._step("monitor.stop_stream", self.site.stop_stream, self._wait_for)
-            await self._step("monitor.identity", self.site.restore_identity, shape, self._wait_for)
-            while (left := self._window_left()) > 0:
-                self.progress.eta_seconds = round(left, 1)
-                await self._count_refused()
-                await self.clock.sleep(min(left, MONITOR_INTERVAL_S))
-            self.progress.eta_seconds = None
+            await self._count_refused()
+            while 0 < (left := self._window_left()) <= MONITOR_INTERVAL_S:
+                await self.clock.sleep(left)
+        if left > 0:
+            self.progress.eta_seconds = round(left, 1)
+            await self.store.release(self.claim, min(left, MONITOR_LOOK_S))
+        return left <= 0
 
     async def _count_refused(self) -> None:
         """Writes that stale routes still send to the source."""
@@ -395,18 +426,28 @@ class Move:
     async def _clean_up(self, shape: Shape) -> None:
         async with self._phase(Phase.CLEANUP):
             await self._step("cleanup.source_rows", self.site.remove_source_rows, shape, self._say)
+            # Only now: the index that it needed finds the tenant's rows for the deletes, too.
+            await self._step("cleanup.identity", self.site.restore_identity, shape, self._wait_for)
             await self._step("cleanup.target_guards", self.site.unguard_target, shape, self._wait_for)
-            await self._step("cleanup.forget", self.site.forget)
+            await self._step("cleanup.forget_source", self.site.forget_source)
+            await self._step("cleanup.forget_target", self.site.forget_target)
         await self.store.tombstone(self.claim, await self.site.refused_writes(), self._tombstone_interval_s)
         await self.store.set_status(self.claim, Status.COMPLETED)
 
-    async def _remove_all(self, shape: Shape) -> None:
+    async def _clear_source(self, shape: Shape) -> None:
+        """Depends on nothing but the source, so that it is free again whatever became of the target."""
+        await self._step("undo.source_ownership", self.site.own_source)
+        await self._step("undo.reopen", self.site.reopen_source)
         await self._step("undo.stream", self.site.stop_stream, self._wait_for)
         await self._step("undo.source_guards", self.site.unguard_source, shape, self._wait_for)
+        await self._step("undo.identity", self.site.restore_identity, shape, self._wait_for)
+        await self._step("undo.forget_source", self.site.forget_source)
+
+    async def _clear_target(self, shape: Shape) -> None:
+        await self._step("undo.target_ownership", self.site.own_target)
         await self._step("undo.target_guards", self.site.unguard_target, shape, self._wait_for)
         await self._step("undo.target_rows", self.site.remove_target_rows, shape, self._say)
-        await self._step("undo.identity", self.site.restore_identity, shape, self._wait_for)
-        await self._step("undo.forget", self.site.forget)
+        await self._step("undo.forget_target", self.site.forget_target)
 
     @property
     def _tombstone_interval_s(self) -> float:
@@ -457,12 +498,19 @@ class Move:
         if not self._was_reached(phase) or self.claim.migration.phase is phase:
             await self.store.enter_phase(self.claim, phase)
         structlog.contextvars.bind_contextvars(phase=phase.value)
-        await self._say(f"{phase}: begins")
+        looking_again = phase is Phase.MONITOR and self.claim.migration.phase is phase
+        if not looking_again:
+            await self._say(f"{phase}: begins")
         async with self._journal(phase.value):
             yield
         seconds = self.clock.monotonic() - started
         self.observer.phase_took(phase, seconds)
-        await self._say(f"{phase}: done in {seconds:.1f} s")
+        if not looking_again:
+            await self._say(f"{phase}: done in {seconds:.1f} s")
+
+    async def _is_done(self, name: str) -> bool:
+        """Whether the journal has the step as done."""
+        return any(step.name == name and step.status == "done" for step in await self.store.steps(self.claim))
 
     async def _step(self, name: str, action: Callable[..., Awaitable[None]], *arguments: object) -> None:
         async with self._journal(name):

@@ -63,12 +63,24 @@ class Site(Protocol):
         """System identifier and timeline of each side: they change with a restore or a promotion."""
         ...
 
+    async def own_source(self) -> None:
+        """Install our schema there and raise the epoch; ends an old owner's backends."""
+        ...
+
+    async def own_target(self) -> None:
+        """The same on the target."""
+        ...
+
     async def take_over(self) -> None:
         """Install our schema on both sides and raise the epoch there; ends an old owner's backends."""
         ...
 
     async def clone_schemas(self, shape: Shape) -> None:
         """The target's schemas, without indexes; or a check that they equal the source's."""
+        ...
+
+    async def check_schemas(self, shape: Shape) -> None:
+        """Raises SchemaChanged when the two sides' schemas are not the same any more."""
         ...
 
     async def build_keys(self, shape: Shape, tables: Sequence[MovedTable]) -> None:
@@ -127,8 +139,12 @@ class Site(Protocol):
         """The tenant's rows on the source, in throttled batches, children first."""
         ...
 
-    async def forget(self) -> None:
-        """Our rows about this migration on both sides, and our schema with the last of them."""
+    async def forget_source(self) -> None:
+        """Our rows about this migration there, and our schema with the last of them."""
+        ...
+
+    async def forget_target(self) -> None:
+        """The same on the target."""
         ...
 
     async def refused_writes(self) -> int:

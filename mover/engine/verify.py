@@ -9,12 +9,12 @@ fence: the changed rows are known from the stream itself, so only that compariso
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 from mover.core.copying import Key
-from mover.core.errors import VerificationFailed, Where, first_error
+from mover.core.errors import CutoverAborted, SchemaChanged, VerificationFailed, Where, first_error
 from mover.core.ids import TableRef, TenantId
 from mover.core.tables import MovedTable
 from mover.engine.follow import Follower
@@ -41,6 +41,9 @@ class Verification:
     target_readers: SnapshotReaders
     on_rows: Callable[[int], None]
     on_mismatch: Callable[[int], None]  # hears how many rows differ
+    # Reads the source's schema stamp; what it was when both sides' schemas were last found equal.
+    stamp: Callable[[], Awaitable[str]]
+    expected_stamp: str = ""
     passes: int = 0
     _final: AsyncExitStack = field(default_factory=AsyncExitStack)
     _final_readers: tuple[DigestReader, DigestReader] | None = None
@@ -78,8 +81,14 @@ class Verification:
     async def changed_rows_equal(self) -> Mapping[str, object]:
         """Under the fence; opens the snapshots that `complete` compares afterwards."""
         dirty = self.target.dirty()
+        if await self.stamp() != self.expected_stamp:
+            raise SchemaChanged(
+                "a table or column changed on the source while the tenant was being moved",
+                where=Where(self.tenant),
+                hint="Nothing was switched. Align the target and resume, or cancel and start again.",
+            )
         if dirty is None:
-            raise VerificationFailed("too many rows changed to be compared under the fence")
+            raise CutoverAborted("too many rows have changed to be compared under the fence")
         with first_error():
             async with asyncio.TaskGroup() as tasks:
                 source = tasks.create_task(self._enter(self.source_readers), name="source snapshot")

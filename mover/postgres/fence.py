@@ -89,17 +89,24 @@ class PgFence:
                 return
             row = await self._row(conn)
             if row is not None:
-                migration, state, tombstone = row
+                migration, state, tombstone_of = row
                 if migration != self._identity.migration:
                     return  # a later migration has taken the place over
-                if tombstone and state != "open":
-                    return await self._change_on(conn, ("closed", "aborted"), "moved")
+                if tombstone_of is not None and state != "open":
+                    return await self._hand_back(conn)
             for table in await self._guards(conn):
                 await self._unguard(conn, table, say)
             async with conn.transaction():
                 await owner.hold(conn, self._identity)
                 await conn.execute(self._sql("uninstall"))
                 await conn.execute("DELETE FROM mover.fence WHERE name = %s", (self.name,))
+
+    async def _hand_back(self, conn: Connection) -> None:
+        """The earlier migration's tombstone stands again, for that migration to look after."""
+        async with conn.transaction():
+            await owner.hold(conn, self._identity)
+            await self._change_on(conn, ("closed", "aborted", "moved"), "moved")
+            await conn.execute(_HAND_BACK, (self.name, self._identity.migration))
 
     async def get_ready(self) -> None:
         """Open the holding session: it ends by itself, and its lock with it, should this process freeze."""
@@ -160,15 +167,11 @@ class PgFence:
 
     async def _close(self, conn: Connection, lock_timeout_s: float, mark: str) -> None:
         timeout = f"{lock_timeout_s * 1000:.0f}ms"
-        # A round trip of its own: should we freeze while waiting, the session ends with the fence open.
-        async with conn.pipeline():
-            await conn.execute("SELECT set_config('lock_timeout', %s, false)", (timeout,))
-            await conn.execute("SELECT pg_advisory_lock(%s)", (self.key,))
-        # One transaction, since the pipeline ends with the only Sync. It takes the lock itself as well:
-        # should the session die before it commits, no writer slips in behind the mark.
-        async with conn.pipeline():
-            await conn.execute("SELECT pg_advisory_xact_lock(%s)", (self.key,))
-            cursor = await self._transition(conn, ("open",), "closed", mark)
+        await conn.execute("SELECT set_config('lock_timeout', %s, false)", (timeout,))
+        # Not pipelined with what follows: should we freeze while waiting, the session ends with the
+        # fence open. It holds the lock until after the commit, so that no writer slips in behind the mark.
+        await conn.execute("SELECT pg_advisory_lock(%s)", (self.key,))
+        cursor = await self._transition(conn, ("open",), "closed", mark)
         if await cursor.fetchone() is None:
             await self._explain(conn, ("open",))
 
@@ -229,14 +232,8 @@ class PgFence:
             await self._change_on(conn, old, new)
 
     async def _change_on(self, conn: Connection, old: tuple[str, ...], new: str) -> None:
-        """Repeatable, so `new` counts as an old state: an earlier try may have got there.
-
-        A session that holds the tenant's writers lets them go in the same round trip: the sequence tells
-        them the new state before it is durable, which is harmless whatever becomes of the commit."""
-        async with conn.pipeline():
-            cursor = await self._transition(conn, (*old, new), new)
-            if conn is self._holder:
-                await conn.execute("SELECT pg_advisory_unlock_all()")
+        """Repeatable, so `new` counts as an old state: an earlier try may have got there."""
+        cursor = await self._transition(conn, (*old, new), new)
         if await cursor.fetchone() is None:
             await self._explain(conn, old)
 
@@ -263,7 +260,7 @@ class PgFence:
         return await conn.execute(load("fence")["transition"], facts, prepare=True)
 
     async def _row(self, conn: Connection) -> tuple[Any, ...] | None:
-        """(migration, state, tombstone), whoever's the place is now."""
+        """(migration, state, tombstone_of), whoever's the place is now."""
         return await (await conn.execute(load("fence")["row"], {"name": self.name})).fetchone()
 
     async def _state_on(self, conn: Connection) -> str:
@@ -328,3 +325,9 @@ class PgFence:
             await say(f"guard: waiting for a lock on {table}, try {number}")
 
         await with_lock_timeout(conn, attempt, on_wait=on_wait)
+
+
+_HAND_BACK = """
+UPDATE mover.fence SET migration = tombstone_of, tombstone_of = NULL
+ WHERE name = %s AND migration = %s AND tombstone_of IS NOT NULL
+"""

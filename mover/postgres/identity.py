@@ -30,7 +30,7 @@ Say = Callable[[str], Awaitable[None]]
 
 # A concurrent build blocks nobody while it waits for old transactions, so that it may wait for longer
 # than a lock that others queue behind.
-BUILD_LOCK_TIMEOUT_MS = 10_000
+BUILD_LOCK_TIMEOUT_MS = 300_000
 BUILD_TRIES = 30
 _TURN_TRIES = 600
 _TURN_PAUSE_S = 0.5
@@ -112,12 +112,16 @@ async def _build(conn: Connection, need: IdentityNeed, say: Say) -> None:
         if valid is False:
             await conn.execute(drop)
         if valid is not True:
+            if named := await blockers():
+                await say(f"index on {need.table}: waiting for {named}")
             await conn.execute(create)
 
-    async def on_wait(number: int) -> None:
+    async def blockers() -> str:
         holders = await (await conn.execute(load("identity")["blockers"])).fetchall()
-        named = ", ".join(f"{application} (pid {pid}, {age:.0f} s)" for pid, application, age in holders)
-        await say(f"index on {need.table}, try {number}: waiting for {named or 'locks'}")
+        return ", ".join(f"{application} (pid {pid}, {age:.0f} s)" for pid, application, age in holders)
+
+    async def on_wait(number: int) -> None:
+        await say(f"index on {need.table}, try {number}: waiting for {await blockers() or 'locks'}")
 
     await with_lock_timeout(
         conn, attempt, lock_timeout_ms=BUILD_LOCK_TIMEOUT_MS, tries=BUILD_TRIES, on_wait=on_wait

@@ -47,9 +47,10 @@ class ClaimStore:
             organizations=sql.Identifier(organizations.schema, organizations.name)
         )
 
-    async def claim(self, owner: str, lease_seconds: float) -> Claim | None:
+    async def claim(self, owner: str, lease_seconds: float, *, settling_only: bool = False) -> Claim | None:
+        wanted = {"owner": owner, "lease_seconds": lease_seconds, "settling_only": settling_only}
         async with self._pool.connection() as conn:
-            cursor = await conn.execute(_CLAIM, {"owner": owner, "lease_seconds": lease_seconds})
+            cursor = await conn.execute(_CLAIM, wanted)
             row = await cursor.fetchone()
         return Claim(migration_of(row), Epoch(row["epoch"]), owner) if row else None
 

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass, field
 
 from mover.core.crash import reach
-from mover.core.errors import NotReady, SchemaChanged, Unreachable
+from mover.core.errors import NotReady, SchemaChanged, Unreachable, Where
 from mover.core.facts import Tenancy
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.migration import Place
@@ -81,9 +81,15 @@ class PgSite:
                 found[side.value] = str(row[0])
         return found
 
-    async def take_over(self) -> None:
+    async def own_source(self) -> None:
         await agent.install(self.source, self.identity)
+
+    async def own_target(self) -> None:
         await agent.install(self.target, self.identity)
+
+    async def take_over(self) -> None:
+        await self.own_source()
+        await self.own_target()
 
     async def clone_schemas(self, shape: Shape) -> None:
         if shape.fresh:
@@ -91,6 +97,9 @@ class PgSite:
             await clone.apply_pre(self.target, self._cloned, self.identity.migration)
         else:
             await self._compare_schemas(shape)
+
+    async def check_schemas(self, shape: Shape) -> None:
+        await self._compare_schemas(shape)
 
     async def build_keys(self, shape: Shape, tables: Sequence[MovedTable]) -> None:
         if shape.fresh and tables:
@@ -181,10 +190,13 @@ class PgSite:
     async def remove_source_rows(self, shape: Shape, say: Say) -> None:
         await remove_rows(self.source, _tables(shape, Side.SOURCE), self.tenant, self.identity, say)
 
-    async def forget(self) -> None:
-        for database in (self.target, self.source):
-            await agent.forget(database, self.identity.migration)
-            reach(f"forgotten.{database.label}")
+    async def forget_source(self) -> None:
+        await agent.forget(self.source, self.identity.migration)
+        reach("forgotten.source")
+
+    async def forget_target(self) -> None:
+        await agent.forget(self.target, self.identity.migration)
+        reach("forgotten.target")
 
     async def refused_writes(self) -> int:
         if await self.source_fence.state() == "absent":  # gone, or a later migration's
@@ -204,10 +216,20 @@ class PgSite:
         async with self.source.connect("compare") as ours, self.target.connect("compare") as theirs:
             source = await fingerprint.fingerprint(ours, shape.schemas)
             target = await fingerprint.fingerprint(theirs, {s: s for s in shape.schemas.values()})
+            cursor = await ours.execute(_TENANT_TABLES, (self.tenancy.column, list(shape.schemas)))
+            tables = {TableRef(schema, name) for schema, name in await cursor.fetchall()}
         if found := fingerprint.differences(source, target):
             raise SchemaChanged(
                 f"the target's schemas differ from the source's: {'; '.join(found[:5])}",
                 hint="Align the target and resume, or cancel the migration.",
+            )
+        exempt = self.tenancy.reference_tables | self.tenancy.ignore_tables
+        planned = {table.source for table in shape.tables}
+        if added := sorted(t for t in tables - planned if str(t) not in exempt):
+            raise SchemaChanged(
+                f"tables with the tenant's rows were added since the plan: {', '.join(map(str, added))}",
+                where=Where(self.tenant, added[0]),
+                hint="Cancel the migration and start it again, so that they move, too.",
             )
 
 
@@ -227,4 +249,9 @@ def _tables(shape: Shape, side: Side) -> list[tuple[TableRef, str]]:
 # Any role may call both functions (PostgreSQL 15 to 18).
 _SERVER_IDENTITY = """
 SELECT s.system_identifier || '/' || c.timeline_id FROM pg_control_system() s, pg_control_checkpoint() c
+"""
+_TENANT_TABLES = """
+SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+  JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = %s AND NOT a.attisdropped
+ WHERE n.nspname = ANY (%s) AND c.relkind IN ('r', 'p')
 """

@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS mover.fence (
     state text NOT NULL CHECK (state IN ('open', 'closed', 'aborted', 'moved')),
     epoch bigint NOT NULL,
     migration uuid NOT NULL,
-    tombstone boolean NOT NULL DEFAULT false
+    tombstone_of uuid  -- the earlier migration whose departure this place stood for
 );
 
 -- name: forget

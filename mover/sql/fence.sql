@@ -132,8 +132,8 @@ WITH recorded AS (
     VALUES (%(name)s, %(tenant)s, %(vertical)s, %(state)s, %(epoch)s, %(migration)s)
     ON CONFLICT (name) DO UPDATE
        SET state = CASE WHEN f.migration = excluded.migration THEN f.state ELSE excluded.state END,
-           tombstone = CASE WHEN f.migration = excluded.migration THEN f.tombstone
-                            ELSE f.state = 'moved' END,
+           tombstone_of = CASE WHEN f.migration = excluded.migration THEN f.tombstone_of
+                               WHEN f.state = 'moved' THEN f.migration END,
            epoch = excluded.epoch, migration = excluded.migration
     RETURNING state
 )
@@ -145,7 +145,9 @@ SELECT setval(%(sequence)s::regclass, array_position('{open,closed,aborted,moved
 -- The sequence is set under the row's lock, but at once and for good, whatever becomes of the
 -- transaction; a caller who may repeat a change therefore lists the new state among the old ones, which
 -- also waits for an earlier try that is still running. The mark, if there is one, stands in the stream
--- where this transaction commits.
+-- where this transaction commits. A session that holds the tenant's writers lets them go with any other
+-- change than closing: the sequence tells them the new state before it is durable, which is harmless
+-- whatever becomes of the commit.
 WITH own AS (
     SELECT 1 FROM mover.owner WHERE migration = %(migration)s AND epoch = %(epoch)s FOR SHARE
 ), changed AS (
@@ -154,12 +156,13 @@ WITH own AS (
     RETURNING 1
 )
 SELECT setval(%(sequence)s::regclass, array_position('{open,closed,aborted,moved}'::text[], %(new)s)),
-       CASE WHEN %(mark)s <> '' THEN pg_logical_emit_message(true, 'mover.mark', %(mark)s) END
+       CASE WHEN %(mark)s <> '' THEN pg_logical_emit_message(true, 'mover.mark', %(mark)s) END,
+       CASE WHEN %(new)s <> 'closed' THEN (SELECT true FROM pg_advisory_unlock_all()) END
   FROM changed
 
 -- name: row
 -- Reads only.
-SELECT migration, state, tombstone FROM mover.fence WHERE name = %(name)s
+SELECT migration, state, tombstone_of FROM mover.fence WHERE name = %(name)s
 
 -- name: holders
 -- Who holds the tenant's shared lock, that is: has written and not ended, with the transaction's age in

@@ -20,7 +20,10 @@ with due as (
        and (m.status <> 'queued' or m.scheduled_at is null or m.scheduled_at <= now())
        and (m.lease_until is null or m.lease_until <= now())
        and (m.not_before is null or m.not_before <= now())
-     order by m.priority desc, m.created_at, m.id
+       and (not %(settling_only)s
+            or m.phase = 'cutover' and m.status in ('in_progress', 'rolling_back'))
+     order by coalesce(m.phase = 'cutover' and m.status in ('in_progress', 'rolling_back'), false) desc,
+              m.priority desc, m.created_at, m.id
      limit 1
        for update skip locked)
 update platform.tenant_migrations

@@ -39,7 +39,7 @@ class Doorkeeper:
             token = query_token or ""
         if not token:
             raise Unauthorized("a token is needed", hint="Send `Authorization: Bearer TOKEN`.")
-        digest = hashlib.sha256(token.strip().encode()).hexdigest()
+        digest = hashlib.sha256(token.strip().encode(errors="surrogateescape")).hexdigest()
         # Every token is compared, so that the time tells neither whether nor which one fits.
         fitting = [known for known in self._tokens if hmac.compare_digest(known.sha256, digest)]
         if not fitting:

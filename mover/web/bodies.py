@@ -28,7 +28,7 @@ class Submission(BaseModel):
     target_tier: Tier
     scheduled_at: AwareDatetime | None = None
     priority: int = Field(default=0, ge=-1000, le=1000)
-    reason: str | None = Field(default=None, max_length=1000)
+    reason: str | None = Field(default=None, max_length=1000, pattern=r"^[^\x00]*$")
     auto_approve: bool = True
     dry_run: bool = False
 
@@ -68,6 +68,6 @@ def parse_listing(query: Mapping[str, str]) -> tuple[Status | None, int]:
     if status is not None and status not in tuple(Status):
         raise InvalidRequest(f"should be one of {', '.join(Status)}", field="status")
     limit = query.get("limit", "50")
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit) <= MAX_LIMIT):
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 9 and 1 <= int(limit) <= MAX_LIMIT):
         raise InvalidRequest(f"should be a whole number from 1 to {MAX_LIMIT}", field="limit")
     return Status(status) if status else None, int(limit)

@@ -61,24 +61,24 @@ ENDING = (
     "monitor.begun",
     "monitor.keep_target.done",
     "monitor.stop_stream.done",
-    "monitor.identity.done",
     "monitor.done",
     "removal.batch",
     "cleanup.source_rows.done",
+    "cleanup.identity.done",
     "cleanup.target_guards.done",
-    "forgotten.target",
     "forgotten.source",
+    "forgotten.target",
     "cleanup.done",
 )
 UNDOING = (
     "undo.stream.begun",
     "undo.stream.done",
     "undo.source_guards.done",
+    "undo.identity.done",
+    "forgotten.source",
     "undo.target_guards.done",
     "undo.target_rows.done",
-    "undo.identity.done",
     "forgotten.target",
-    "undo.forget.done",
 )
 
 
