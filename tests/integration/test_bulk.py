@@ -137,7 +137,8 @@ SELECT collname FROM pg_collation WHERE collprovider <> 'd' AND collname NOT IN 
 def insert(url: str, case: Case, first: int, last: int, note: str = "'n'") -> None:
     execute(
         url,
-        f"INSERT INTO app.item SELECT %s, {case.values}, {note} FROM generate_series(%s::integer, %s::integer) g",
+        f"INSERT INTO app.item SELECT %s, {case.values}, {note}"
+        " FROM generate_series(%s::integer, %s::integer) g",
         TENANT,
         first,
         last,
