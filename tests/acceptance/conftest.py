@@ -13,14 +13,14 @@ import pytest
 
 from mover.core.secret import Secret
 from mover.demo.seed import Tenant, demo_tenants, prepare_database, seed_organizations, seed_services
-from mover.demo.servers import Cluster, RedisServer
+from mover.demo.servers import Cluster, PostgresServer, RedisServer
 from mover.postgres.platform import initialise
 from tests.conftest import MakeDatabase
 from tests.support.acceptance import CORE, ESTATE, Home, Scene
 from tests.support.platform import APP_PASSWORD, prepare_empty, seed_database
 
 MakeScene = Callable[..., Scene]
-Templates = dict[tuple[int, str], str]
+Templates = dict[tuple[str, str], str]
 ROWS = 5000
 # Of the tenants that live in the shared target.
 NEIGHBOURS_ROWS, NEIGHBOURS_FIRST_KEY = 500, 1_000_000
@@ -36,6 +36,13 @@ def neighbours() -> list[Tenant]:
     return [replace(tenant, ordinal=tenant.ordinal + 20) for tenant in tenants]
 
 
+@pytest.fixture
+def spare_server() -> Iterator[Cluster]:
+    """To be named before `make_scene`, so that it outlives the databases on it."""
+    with PostgresServer(16, fsync=False) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def templates() -> Iterator[Templates]:
     yield {}
@@ -48,11 +55,11 @@ def make_scene(
     """`make_scene(source, target)`: core with its tenants, and the vertical's database, empty or not."""
 
     def clone(server: Cluster, kind: str, fill: Callable[[str], None]) -> str:
-        if (id(server), kind) not in templates:
+        if (server.url(), kind) not in templates:
             name = f"template_{kind}"
             fill(server.create_database(name))
-            templates[id(server), kind] = name
-        return make_database(server, templates[id(server), kind])
+            templates[server.url(), kind] = name
+        return make_database(server, templates[server.url(), kind])
 
     def make(
         source: Cluster,

@@ -35,15 +35,17 @@ from uuid import UUID
 from mover.core.ids import Epoch
 from mover.core.secret import Secret
 from mover.postgres.connect import Database, Identity
-from mover.postgres.fence import PgFence
+from mover.postgres import fence
 from tests.support.fencing import TENANT
 
 async def main(url, migration, hold_s):
+    fence.MAX_HOLDER_AGE_S = 60
     identity = Identity(UUID(migration), Epoch(1))
-    fence = PgFence(Database(Secret(url), "source", identity), TENANT, "core", identity, float(hold_s))
-    await fence.get_ready()
+    database = Database(Secret(url), "source", identity)
+    ours = fence.PgFence(database, TENANT, "core", identity, float(hold_s))
+    await ours.get_ready()
     print("ready", flush=True)
-    await fence.close(lock_timeout_s=30)
+    await ours.close(lock_timeout_s=30)
     print("closed", flush=True)
     await asyncio.sleep(3600)
 
@@ -100,7 +102,7 @@ async def test_an_owner_frozen_behind_the_lock_frees_the_writers_unharmed(url):
         process = await owner_process(world)
         try:
             while not await world.mover_waits():
-                pass
+                assert process.returncode is None
             process.send_signal(signal.SIGSTOP)
             await flying.execute("COMMIT")
             await write(world)  # waits for as long as the frozen owner's session lives
@@ -111,7 +113,7 @@ async def test_an_owner_frozen_behind_the_lock_frees_the_writers_unharmed(url):
 
 
 async def test_writers_of_an_owner_frozen_under_the_fence_get_a_retryable_error(url):
-    async with fenced(url, hold_s=0.1) as world:
+    async with fenced(url, hold_s=0.3) as world:
         process = await owner_process(world)
         try:
             assert await line_of(process) == b"closed\n"

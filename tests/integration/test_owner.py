@@ -66,7 +66,7 @@ async def test_take_ends_the_old_owners_sessions_and_their_transactions(url):
         await owner.take(database(url, new), new)
         with pytest.raises(psycopg.OperationalError):
             await conn.execute("COMMIT")
-        with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+        with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)):
             await transaction.commit()
     assert await ask(url, "SELECT * FROM public.chunk") == []
 
