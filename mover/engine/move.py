@@ -576,5 +576,8 @@ async def _to_the_end(work: Coroutine[None, None, Report]) -> Report:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task], timeout=CANCEL_PATIENCE_S)
-        task.cancel()
+        task.cancel()  # then the next owner settles it
+        await asyncio.wait([task], timeout=CANCEL_PATIENCE_S / 5)
+        if task.done() and not task.cancelled():
+            task.exception()  # seen: what was undone has said why in the journal
         raise

@@ -16,7 +16,7 @@ import asyncpg
 from psycopg import sql
 
 from mover.core.copying import Chunk, Key
-from mover.core.errors import first_error
+from mover.core.errors import Unreachable, first_error
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.tables import MovedTable, Shape
 from mover.postgres import owner, ranges
@@ -133,6 +133,8 @@ class BulkWorker:
         self, copier: BulkCopier, source: asyncpg.Connection[Any], target: asyncpg.Connection[Any]
     ) -> None:
         self._copier, self._source, self._target = copier, source, target
+        self._target_ended = asyncio.Event()
+        target.add_termination_listener(lambda _: self._target_ended.set())
 
     async def copy(self, table: MovedTable, chunk: Chunk) -> tuple[int, int]:
         pipe = _Pipe()
@@ -142,6 +144,8 @@ class BulkWorker:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._read(table, chunk, pipe), name=f"copy out {table.source}")
                     writing = tasks.create_task(self._write(table, pipe), name=f"copy in {table.target}")
+                    watching = tasks.create_task(self._watch_target(), name="watch target")
+                    writing.add_done_callback(lambda _: watching.cancel())
             rows = int(writing.result().removeprefix("COPY "))
             await self._copier.commit_chunk(self._target, table, chunk, rows, pipe.size)
         return rows, pipe.size
@@ -160,6 +164,11 @@ class BulkWorker:
                 source=pipe.blocks(),
             )
         return status
+
+    async def _watch_target(self) -> None:
+        """When the connection breaks, asyncpg goes on waiting until it may write again: for ever."""
+        await self._target_ended.wait()
+        raise Unreachable(f"{self._copier.labels()[1]}: the connection broke during COPY")
 
 
 class _Pipe:
