@@ -144,11 +144,12 @@ class Move:
         return outcome
 
     async def _make_sure_it_is_not_switched(self) -> None:
-        """The target's fence has the last word, where a cutover was tried and the target still answers.
+        """The target's fence has the last word, where a cutover was tried and the target still answers;
+        it was asked already when the undoing has got past the source's.
 
         Raises DamageAfterSwitch when the tenant is served by the target."""
         switched = await self.store.is_switched(self.claim)
-        if not switched and self._was_reached(Phase.CUTOVER):
+        if not switched and self._was_reached(Phase.CUTOVER) and not await self._is_done("undo.reopen"):
             try:
                 switched = await self._settle_earlier()
             except Refused as error:  # the database is gone, or does not let us in: it serves nobody

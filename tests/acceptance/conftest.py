@@ -71,7 +71,9 @@ def make_scene(
         platform: Cluster | None = None,
     ) -> Scene:
         tenants = core_tenants(rows)
-        core = Home(source, clone(source, f"core_{rows}", lambda url: seed_core(url, tenants)), CORE)
+        core = Home(
+            source, clone(source, f"core_{rows}", lambda url: seed_core(url, tenants)), CORE, "schema"
+        )
         estate = clone(target, "empty", prepare_empty)
         if shared:
             estate = clone(target, f"estate_{first_key}", lambda url: seed_estate(url, first_key))

@@ -128,7 +128,8 @@ async def dies(stage: Stage, watch: Watch) -> None:
     """Until the crash point has killed the daemon; meanwhile the migration is watched."""
     async with asyncio.TaskGroup() as tasks:
         watching = tasks.create_task(watch.for_ever())
-        async with asyncio.timeout(REACH_TIMEOUT_S):
-            code = await stage.wait()
+        await asyncio.wait([living := tasks.create_task(stage.wait())], timeout=REACH_TIMEOUT_S)
         watching.cancel()
-    assert code == -signal.SIGKILL, stage.log_path.read_text()[-3000:]
+        if not living.done():
+            stage.send_signal(signal.SIGTERM)
+    assert living.result() == -signal.SIGKILL, (watch.seen, stage.log_path.read_text()[-3000:])

@@ -65,6 +65,18 @@ async def test_other_tenants_of_the_target_never_meet_the_values_that_the_tenant
     watch.check_completed()
 
 
+async def test_to_other_schemas_of_the_same_database(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    core = scene.homes[CORE]
+    watch = scene.watch(target=Home(core.server, core.url, ESTATE, "schema"))
+    async with scene.daemon() as stage:
+        async with scene.writing() as workload:
+            await watch.submit(stage)
+            await watch.until("completed")
+    clean(workload.report())
+    watch.check_completed()
+
+
 async def test_there_and_back_and_there_again(pg16, pg18, make_scene):
     """The tombstone of a departure is not in the way of a return."""
     scene = make_scene(pg16, pg18)
