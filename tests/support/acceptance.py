@@ -282,11 +282,10 @@ class Watch:
 
     def _freeze(self) -> None:
         """Keep a snapshot of the source, which no write of the tenant reaches any more."""
-        conn = connect(self.source.url)
-        conn.execute("begin isolation level repeatable read read only")
-        conn.execute("select pg_current_snapshot()")
+        self._frozen = connect(self.source.url)
+        self._frozen.execute("begin isolation level repeatable read read only")
+        self._frozen.execute("select pg_current_snapshot()")
         assert self._read()["phase"] != "cleanup", "the machine was too slow to look at the source"
-        self._frozen = conn
 
     def close(self) -> None:
         if self._frozen is not None:
