@@ -19,7 +19,7 @@ import structlog
 from mover.core.errors import LeaseLost, MoverError, Remedy, VerificationFailed
 from mover.core.migration import Claim, Migration, Progress, Wish
 from mover.core.states import Status
-from mover.engine.move import Move
+from mover.engine.move import CANCEL_PATIENCE_S, Move
 from mover.ports import Clock, MoveStore
 
 log = structlog.get_logger()
@@ -30,6 +30,7 @@ PROGRESS_S = 1.0
 HEARTBEATS_PER_LEASE = 4
 BACKOFF_S = (1.0, 60.0)
 RELEASE_PATIENCE_S = 3.0
+CANCEL_AGAIN_S = CANCEL_PATIENCE_S + 1.0
 # A migration whose promise may be broken is not touched again before an operator looks.
 HALTED_S = 10 * 365 * 86_400.0
 
@@ -134,10 +135,7 @@ class Work:
         eyes = asyncio.create_task(self._watch(), name="measure")
         with suppress(asyncio.CancelledError):  # the daemon stops: like a wish, but without one
             await asyncio.wait([task, heart], return_when=asyncio.FIRST_COMPLETED)
-        for each in (task, heart, eyes):
-            if not each.cancelling():  # a second cancellation would tear a cutover that is ending itself
-                each.cancel()
-        await asyncio.wait([task, heart, eyes])
+        await asyncio.gather(*(_end(each) for each in (task, heart, eyes)))
         if not heart.cancelled() and (error := heart.exception()):
             raise error
         if task.cancelled():
@@ -267,6 +265,16 @@ class Work:
 
     async def _save(self) -> None:
         await self.store.save_progress(self.claim, self.progress)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel it, and again later: a connection that breaks while it is being cancelled takes the
+    cancellation's place. Not before its time, which would tear a cutover that is ending itself."""
+    if not task.cancelling():
+        task.cancel()
+    while not task.done():
+        await asyncio.wait([task], timeout=CANCEL_AGAIN_S)
+        task.cancel()
 
 
 def describe(error: MoverError) -> Mapping[str, str]:

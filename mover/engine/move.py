@@ -382,6 +382,7 @@ class Move:
         except VerificationFailed as error:
             await self.store.end_step(self.claim, "cutover.complete_comparison", detail=str(error), ok=False)
             self.progress.evidence["mismatches"] = list(error.evidence)
+            await self.store.save_progress(self.claim, self.progress)
             await self.store.save_note(self.claim, DAMAGE, str(error))
             return
         self.progress.evidence |= {
@@ -390,6 +391,7 @@ class Move:
             "source_rows": verdict.source_rows,
             "target_rows": verdict.target_rows,
         }
+        await self.store.save_progress(self.claim, self.progress)
         detail = f"{verdict.source_rows} rows equal, root {verdict.source_root}"
         await self.store.end_step(self.claim, "cutover.complete_comparison", detail=detail)
         await self._say(f"verified: {detail}")

@@ -97,7 +97,8 @@ def conninfo(url: Secret, purpose: str) -> dict[str, Any]:
         "connect_timeout": CONNECT_TIMEOUT_S,
         "application_name": f"mover/{purpose}",
         "client_encoding": "UTF8",
-        "options": "-c statement_timeout=30s -c lock_timeout=10s -c idle_in_transaction_session_timeout=30s",
+        # A daemon that freezes inside a transaction keeps others from its migration's row for so long.
+        "options": "-c statement_timeout=30s -c lock_timeout=10s -c idle_in_transaction_session_timeout=5s",
     }
 
 

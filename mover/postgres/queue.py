@@ -11,6 +11,7 @@ from typing import Any, LiteralString
 
 from psycopg import sql
 
+from mover.core.crash import reach
 from mover.core.errors import ApplyConflict, Conflict, LeaseLost, MoverError, OutcomeUnknown, Where
 from mover.core.ids import Epoch, TableRef, TenantId, Tier
 from mover.core.migration import Claim, Place, Progress, Step, Wish
@@ -183,6 +184,7 @@ class ClaimStore:
         await conn.execute(
             _QUERIES["record_decision"], {"id": claim.migration.id, "evidence": jsonb(dict(evidence))}
         )
+        reach("cutover.deciding")
 
     def _route_change(self, claim: Claim, source: Place, target: Place) -> dict[str, object]:
         """The route's old and new values; a URL that the configuration yields anyway is not stored."""

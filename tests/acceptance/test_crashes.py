@@ -51,6 +51,7 @@ SWITCHING = (
     "cutover.closed",
     "recovery.aborted",
     "cutover.proved",
+    "cutover.deciding",
     "cutover.decided",
     "cutover.opened",
 )

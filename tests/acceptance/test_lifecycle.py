@@ -167,7 +167,7 @@ async def test_two_daemons_share_a_queue_and_one_takes_over_from_the_other(pg16,
         watch.check_completed()
 
 
-@pytest.mark.parametrize("point", ["copy.chunk", "cutover.proved"])
+@pytest.mark.parametrize("point", ["copy.chunk", "cutover.deciding", "monitor.begun"])
 async def test_a_daemon_that_slept_through_its_lease_does_no_harm(pg16, pg18, make_scene, point):
     scene = make_scene(pg16, pg18)
     watch = scene.watch()

@@ -88,6 +88,7 @@ async def close_under_writers(world: Fenced, ledger: Ledger, weaken: Weaken | No
         ledger.at_mark = await world.notes()
         await world.fence.move_away()
         ledger.over = True
+        await asyncio.gather(*tasks)
     return mark
 
 
