@@ -22,7 +22,7 @@ async def test_the_target_is_the_source_at_every_consistent_point(pair):
     async with rig(pair.source, pair.target) as r, r.following():
         async with hammering(pair.source):
             await r.copy().run()
-            for _ in range(10):
+            for _ in range(30):
                 assert await differences_at_a_point(r) == []
         await expect_equal(r)
 

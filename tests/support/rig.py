@@ -214,7 +214,7 @@ async def rig(
 
 
 @asynccontextmanager
-async def hammering(url: str, clients: int = 4, seed: int = 0) -> AsyncIterator[list[int]]:
+async def hammering(url: str, clients: int = 2, seed: int = 0) -> AsyncIterator[list[int]]:
     """Clients that change the tenant's rows without a pause; the list counts committed transactions."""
     committed = [0]
 
