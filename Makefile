@@ -28,7 +28,7 @@ check: $(STAMP)
 	$(VENV)/bin/lint-imports
 
 test: $(STAMP) check
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 3 --dist worksteal
 
 clean:
 	rm -rf $(VENV) build *.egg-info

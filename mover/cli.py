@@ -20,7 +20,6 @@ from typing import Any, TypeAlias
 from uuid import UUID
 
 import uvloop
-from rich.console import Console
 from rich.live import Live
 
 from mover import log, terminal
@@ -58,8 +57,8 @@ class UsageError(MoverError):
 Command: TypeAlias = Callable[[argparse.Namespace], Coroutine[Any, Any, Exit]]
 Conversation: TypeAlias = Callable[[ApiClient, argparse.Namespace], Awaitable[Exit]]
 
-_out = Console(soft_wrap=True)
-_err = Console(stderr=True, soft_wrap=True)
+_out = terminal.console(sys.stdout)
+_err = terminal.console(sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

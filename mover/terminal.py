@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -28,6 +29,16 @@ _STYLES = {
 }
 _KINDS = ("missing", "extra", "different")  # missing: on the source only
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+# Whoever reads a pipe wants whole lines.
+_PIPE_COLUMNS = 200
+
+
+def console(stream: TextIO) -> Console:
+    return Console(
+        stderr=stream is sys.stderr, soft_wrap=True, width=None if stream.isatty() else _PIPE_COLUMNS
+    )
 
 
 def migrations_table(migrations: Sequence[Json]) -> RenderableType:

@@ -52,7 +52,6 @@ def execute(url: str, statement: str) -> None:
 @pytest.fixture
 def mover(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Mover:
     """`mover(arguments…, VARIABLE=value…)`: exit code and output, in which a row's value is never seen."""
-    monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str, **environment: str) -> tuple[int, str]:
         for name, value in environment.items():

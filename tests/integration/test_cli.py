@@ -57,7 +57,6 @@ def database(pg16: Cluster, make_database: MakeDatabase) -> str:
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """`run(arguments…)` is the exit code and everything that was printed; no secret may be there, nor in
     the log of the API that answered."""
-    monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str, role: Role = Role.OPERATOR) -> tuple[int, str]:
         monkeypatch.setenv("MOVER_TOKEN", TOKENS[role])

@@ -1,0 +1,207 @@
+"""What else happens around the switch: schemas that change, wishes that come at the wrong moment, servers
+that are not the ones they were, and migrations that wait without being in anybody's way."""
+
+from __future__ import annotations
+
+import signal
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from mover.core.ids import Epoch, MigrationId
+from mover.core.migration import Wish
+from mover.core.secret import Secret
+from mover.postgres.connect import Database, Identity
+from mover.postgres.fence import PgFence
+from tests.support.acceptance import CORE, ESTATE, Scene, Watch, at, clean, killed, until_stopped
+from tests.support.checks import leftovers
+from tests.support.waiting import until
+
+SIGSTOP, SIGCONT = signal.SIGSTOP, signal.SIGCONT
+LONG_WINDOW = {"database": 1.0}  # hours
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("alter table core_crm.deals add column discount integer", "realestate_crm.deals"),
+        ("create table core_crm.visits (tenant_id uuid not null, id int primary key)", "visits"),
+    ],
+    ids=["a column", "a table"],
+)
+async def test_a_schema_that_changes_before_the_switch_pauses_the_migration(
+    pg16, pg18, make_scene, change, named
+):
+    scene = make_scene(pg16, pg18)
+    watch = scene.watch()
+    stage = scene.stage()
+    async with scene.writing() as workload, killed(stage):
+        await stage.start(**at("verify.begun", SIGSTOP))
+        await watch.submit(stage)
+        await until_stopped(stage)
+        scene.homes[CORE].execute(change)
+        stage.send_signal(SIGCONT)
+        await watch.until("paused")
+        assert (watch.row["switched_at"], watch.row["error"]["code"]) == (None, "schema_changed")
+        assert named in watch.row["error"]["message"]
+        assert watch.row["error"]["hint"]
+        assert (await stage.run("cancel", watch.id))[0] == 0
+        await watch.until("cancelled")
+    clean(workload.report())
+    watch.check_undone("cancelled")
+
+
+@pytest.mark.parametrize("wish", [Wish.PAUSE, Wish.CANCEL])
+async def test_a_wish_waits_for_the_outcome_of_a_cutover_that_was_left(pg16, pg18, make_scene, wish):
+    """Its fence is closed: writers wait, and nobody else would open it."""
+    scene = make_scene(pg16, pg18)
+    watch = scene.watch()
+    stage = scene.stage(lease_seconds=1)
+    async with scene.writing() as workload, killed(stage):
+        await stage.start(**at("cutover.closed"))
+        await watch.submit(stage)
+        assert await stage.wait() == -signal.SIGKILL
+        await scene.wish(watch, wish)
+        before = workload.transactions
+        await stage.start()
+        rests = {Wish.PAUSE: "paused", Wish.CANCEL: "cancelled"}[wish]
+        await watch.until(rests)
+        await until(lambda: workload.transactions > before + 30)
+        if wish is Wish.PAUSE:
+            assert await fence_of(scene, watch).state() == "open"
+            assert (await stage.run("cancel", watch.id))[0] == 0
+            await watch.until("cancelled")
+    clean(workload.report())
+    watch.check_undone("cancelled")
+
+
+async def test_a_cutover_that_was_left_is_settled_before_anything_else(pg16, pg18, make_scene):
+    """Also by a daemon that has no room for another migration."""
+    scene = make_scene(pg16, pg18)
+    second = scene.tenants[1].id
+    watch, busy = scene.watch(writers=[second]), scene.watch(tenant=second, writers=[scene.tenant])
+    left, full = (scene.stage(name, lease_seconds=1, max_active_migrations=1) for name in ("left", "full"))
+    async with scene.writing([scene.tenant, second]) as workload, killed(left), killed(full):
+        await left.start(**at("cutover.closed", SIGSTOP))
+        await watch.submit(left)
+        await until_stopped(left)
+        await full.start(**at("copy.begun", SIGSTOP))
+        await busy.submit(full)
+        await until_stopped(full)
+        await left.kill()
+        full.send_signal(SIGCONT)
+        await watch.until_row(lambda row: row["epoch"] > 1)
+        await watch.until("completed")
+        await busy.until("completed")
+    clean(workload.report())
+    watch.check_completed()
+    busy.check_completed()
+
+
+async def test_a_watched_migration_leaves_its_room_to_the_next(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    second = scene.tenants[1].id
+    first, next_one = scene.watch(writers=[second]), scene.watch(tenant=second, writers=[scene.tenant])
+    async with scene.daemon(max_active_migrations=1, monitoring_hours=LONG_WINDOW) as stage:
+        for watch in (first, next_one):
+            await watch.submit(stage)
+        await next_one.until("monitoring")
+        await until(lambda: not next_one._read()["leased"])
+        assert first._read()["status"] == "monitoring"
+
+
+async def test_another_server_than_the_migration_began_with_stops_it(pg16, pg18, make_scene):
+    """A standby that was promoted may lack what was acknowledged: nothing is switched, nothing goes on."""
+    scene = make_scene(pg16, pg18)
+    watch = scene.watch()
+    stage = scene.stage()
+    async with scene.writing() as workload, killed(stage):
+        await stage.start(**at("verify.begun", SIGSTOP))
+        await watch.submit(stage)
+        await until_stopped(stage)
+        scene.platform.execute(
+            "update platform.tenant_migrations set notes = jsonb_set(notes, '{servers,source}', '\"7/1\"')"
+        )
+        stage.send_signal(SIGCONT)
+        await watch.until_row(lambda row: (row["error"] or {}).get("code") == "server_changed")
+        assert watch.row["switched_at"] is None
+        assert (await stage.run("cancel", watch.id))[0] == 0
+        await watch.until("cancelled")
+    clean(workload.report())
+    watch.check_undone("cancelled")
+
+
+async def test_calling_off_frees_the_source_though_the_target_is_gone(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    watch = scene.watch()
+    stage = scene.stage()
+    async with scene.writing() as workload, killed(stage):
+        await stage.start(**at("copy.chunk", SIGSTOP))
+        await watch.submit(stage)
+        await until_stopped(stage)
+        name = scene.homes[ESTATE].url.rpartition("/")[2]
+        pg18.drop_database(name)
+        await scene.wish(watch, Wish.CANCEL)
+        stage.send_signal(SIGCONT)
+        await until(lambda: leftovers(scene.homes[CORE].url) == [])
+        await watch.until_row(lambda row: row["status"] == "rolling_back" and row["error"] is not None)
+        assert name in watch.row["error"]["message"]
+        pg18.create_database(name)  # as a new and empty one, and the rest finds nothing to do
+        assert (await stage.run("resume", watch.id))[0] == 0
+        await watch.until("cancelled")
+    assert workload.report().stale_reads == 0
+    assert scene.route() == CORE
+
+
+async def test_calling_a_return_off_leaves_the_tombstone_of_the_departure(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    stage = scene.stage(tombstone_days=2 / 86_400)
+    there, back = scene.watch(), None
+    async with killed(stage):
+        await stage.start()
+        async with scene.writing() as workload:
+            await there.submit(stage)
+            await there.until("completed")
+        clean(workload.report())
+        await stage.kill()
+        back = scene.watch(ESTATE, CORE)
+        stage = scene.stage("again", tombstone_days=1)
+        async with killed(stage), scene.writing() as workload:
+            await stage.start(**at("copy.chunk", SIGSTOP))
+            await back.submit(stage)
+            await until_stopped(stage)
+            await scene.wish(back, Wish.CANCEL)
+            stage.send_signal(SIGCONT)
+            await back.until("cancelled")
+        clean(workload.report())
+        back.check_undone("cancelled")
+        there._check_tombstone()
+
+
+async def test_a_halted_migration_keeps_no_slot_and_halts_again(pg16, pg18, make_scene):
+    """Rows differ after the switch: an operator decides, and meanwhile no WAL is kept for it."""
+    scene = make_scene(pg16, pg18)
+    watch = scene.watch()
+    stage = scene.stage()
+    async with killed(stage):
+        await stage.start(**at("verify.done", SIGSTOP))
+        await watch.submit(stage)
+        await until_stopped(stage)
+        with psycopg.connect(scene.homes[ESTATE].url) as conn:
+            conn.execute("set session_replication_role = replica")
+            conn.execute("update realestate_crm.deals set tenant_id = tenant_id, amount = amount + 1")
+        stage.send_signal(SIGCONT)
+        for _ in range(2):
+            await watch.until_row(lambda row: (row["error"] or {}).get("code") == "damage_after_switch")
+            await watch.until_row(lambda row: not row["leased"])
+            assert scene.homes[CORE].execute("select slot_name from pg_replication_slots") == []
+            scene.platform.execute("update platform.tenant_migrations set error = null")
+            assert (await stage.run("resume", watch.id))[0] == 0
+        await watch.until_row(lambda row: row["error"] is not None)
+        assert watch.row["status"] == "monitoring"
+
+
+def fence_of(scene: Scene, watch: Watch) -> PgFence:
+    identity = Identity(MigrationId(UUID(watch.id)), Epoch(0))
+    return PgFence(Database(Secret(watch.source.url), "test", identity, 1), watch.tenant, CORE, identity, 1)
