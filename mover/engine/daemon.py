@@ -186,6 +186,9 @@ class Work:
         await self.store.event(self.claim, str(error), "error", code=error.code, hint=error.hint or "")
         facts = describe(error)
         undoing = self.claim.migration.status is Status.ROLLING_BACK
+        if await self._was_wished_meanwhile():
+            await self.store.note_error(self.claim, facts)
+            return await self._obey()
         match error.remedy:
             case Remedy.RETRY:
                 await self._try_later(error)
@@ -200,6 +203,12 @@ class Work:
             case _:
                 await self.store.note_error(self.claim, facts)
                 await self.store.release(self.claim, HALTED_S)
+
+    async def _was_wished_meanwhile(self) -> bool:
+        """What failed may fail again and again before a wish is heard: it is asked for here, too."""
+        self._wish = await self.store.heartbeat(self.claim, self.lease_s)
+        rests = self._move is None or self._move.may_rest
+        return self._wish is not None and rests and not await self.store.is_switched(self.claim)
 
     async def _try_later(self, error: MoverError) -> None:
         key = str(self.claim.migration.id)

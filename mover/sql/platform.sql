@@ -46,12 +46,13 @@ returning wish
 
 -- name: release
 -- Locks the migration's row. Only the epoch's owner can end its own lease; repeating it changes nothing
--- but the back-off's start.
+-- but the back-off's start. A wish that has come meanwhile waits for a second at most.
 update platform.tenant_migrations
    set owner = null,
        lease_until = null,
        not_before = case when %(after_seconds)s::float8 > 0
-                         then now() + make_interval(secs => %(after_seconds)s) end
+                         then now() + least(make_interval(secs => %(after_seconds)s),
+                                            case when wish is not null then interval '1 second' end) end
  where id = %(id)s and epoch = %(epoch)s
 returning id
 

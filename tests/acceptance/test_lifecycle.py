@@ -8,9 +8,7 @@ import socket
 import time
 import urllib.request
 
-import psycopg
 import pytest
-from psycopg import sql
 
 from mover.core.migration import Wish
 from mover.demo.stage import Stage
@@ -249,7 +247,7 @@ async def test_a_row_that_is_missing_on_the_target_stops_the_migration(pg16, pg1
         await stage.start(**at("index.begun", SIGSTOP))
         await watch.submit(stage)
         await until_stopped(stage)
-        lost = lose_a_deal(scene)
+        lost = scene.lose_a_deal()
         stage.send_signal(SIGCONT)
         await watch.until("failed")
         assert metric(stage, "mover_integrity_failures_total") == 1
@@ -270,7 +268,7 @@ async def test_damage_that_only_the_comparison_after_the_switch_sees_keeps_the_s
         await stage.start(**at("verify.done", SIGSTOP))
         await watch.submit(stage)
         await until_stopped(stage)
-        lose_a_deal(scene)
+        scene.lose_a_deal()
         stage.send_signal(SIGCONT)
         await watch.until_row(lambda row: row["error"] is not None)
         assert (watch.row["status"], watch.row["error"]["code"]) == ("monitoring", "damage_after_switch")
@@ -311,19 +309,6 @@ def slots(scene: Scene) -> list[bool]:
 def owner_name(stage: Stage) -> str:
     assert stage.process is not None
     return f"{socket.gethostname()}/{stage.process.pid}"
-
-
-def lose_a_deal(scene: Scene) -> int:
-    """Delete a row of the tenant on the target as only a superuser can, unseen by every trigger."""
-    with psycopg.connect(scene.homes[ESTATE].url) as conn:
-        conn.execute("set session_replication_role = replica")
-        conn.execute(sql.SQL("set mover.tenant = {}").format(sql.Literal(str(scene.tenant))))
-        (lost,) = conn.execute(
-            "delete from realestate_crm.deals where tenant_id = %(t)s and id ="
-            " (select max(id) from realestate_crm.deals where tenant_id = %(t)s) returning id",
-            {"t": scene.tenant},
-        ).fetchone()
-    return lost
 
 
 def metric(stage: Stage, name: str) -> float:

@@ -189,6 +189,18 @@ class Scene:
             await stage.start()
             yield stage
 
+    def lose_a_deal(self) -> int:
+        """Delete a row of the tenant on the target as only a superuser can, unseen by every trigger."""
+        with psycopg.connect(self.homes[ESTATE].url) as conn:
+            conn.execute("set session_replication_role = replica")
+            conn.execute(sql.SQL("set mover.tenant = {}").format(sql.Literal(str(self.tenant))))
+            (lost,) = conn.execute(
+                "delete from realestate_crm.deals where tenant_id = %(t)s and id ="
+                " (select max(id) from realestate_crm.deals where tenant_id = %(t)s) returning id",
+                {"t": self.tenant},
+            ).fetchone()
+        return lost
+
     async def wish(self, watch: Watch, wish: Wish) -> None:
         """As the API does it, while no daemon runs."""
         async with open_store(Secret(self.platform.url), ORGANIZATIONS, lambda *_: None) as store:
