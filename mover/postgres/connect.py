@@ -119,8 +119,12 @@ class Database:
             conn = await psycopg.AsyncConnection.connect(**parameters, autocommit=True)
         except psycopg.OperationalError as error:
             raise await why_unreachable(self.url, self.label, error) from error
-        if conn.info.server_version >= TRANSACTION_TIMEOUT_VERSION:
-            await conn.execute(NO_TRANSACTION_TIMEOUT)
+        try:
+            if conn.info.server_version >= TRANSACTION_TIMEOUT_VERSION:
+                await conn.execute(NO_TRANSACTION_TIMEOUT)
+        except BaseException:
+            await conn.close()
+            raise
         return conn
 
     @asynccontextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -165,6 +167,7 @@ async def test_a_second_live_migration_is_a_conflict(database: str) -> None:
         ({"scheduledAt": "2030-01-02T03:04:05"}, "scheduledAt"),
         ({"autoApprove": False}, "autoApprove"),
         ({"colour": "planted"}, "colour"),
+        ({"reason": "plan\0ted"}, "reason"),
     ],
 )
 async def test_a_wrong_field_is_named(fields: dict[str, Any], field: str, database: str) -> None:
@@ -192,7 +195,12 @@ async def test_a_body_that_is_no_json_too_large_or_no_object_is_refused(database
 
 async def test_wrong_queries_and_paths_are_refused(database: str) -> None:
     async with api_before(database) as api:
-        for query, field in (("status=planted", "status"), ("limit=0", "limit"), ("limit=x", "limit")):
+        for query, field in (
+            ("status=planted", "status"),
+            ("limit=0", "limit"),
+            ("limit=x", "limit"),
+            ("limit=" + "9" * 5000, "limit"),
+        ):
             status, answer = await api.ask("GET", f"{MIGRATIONS}?{query}")
             assert (status, answer["errors"][0]["field"]) == (422, field)
         for name in (str(uuid4()), "not-a-uuid"):
@@ -215,6 +223,14 @@ async def test_later_routes_say_so(database: str) -> None:
             assert (status, answer["error"]["code"]) == (501, "not_implemented")
 
 
+def status_without_utf8(url: str) -> int:
+    """With a token that is no UTF-8."""
+    request = urllib.request.Request(url, headers={"Authorization": "Bearer planted-\xff"})
+    with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(request):
+        pass
+    return refused.value.code
+
+
 async def test_a_role_may_do_what_it_may_and_the_audit_knows_who_asked(database: str) -> None:
     async with api_before(database) as api:
         _, migration = await api.submit(await add_tenant(database))
@@ -226,6 +242,7 @@ async def test_a_role_may_do_what_it_may_and_the_audit_knows_who_asked(database:
             assert response.status == 401
             assert response.headers["WWW-Authenticate"] == "Bearer"
             assert "planted" not in await response.text()
+        assert await asyncio.to_thread(status_without_utf8, f"{api.running.url}{one}") == 401
         assert (await api.ask("GET", one, Role.VIEWER))[0] == 200
         assert (await api.ask("POST", f"{one}/pause", Role.VIEWER))[0] == 403
         assert await api.ask("POST", f"{one}/pause", Role.OPERATOR) == (200, {"success": True})

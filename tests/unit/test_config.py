@@ -213,3 +213,8 @@ def test_a_place_without_a_database_is_refused_with_the_key_to_set(tmp_path: Pat
 )
 def test_a_tier_says_how_long_is_watched(source: Tier, target: Tier, hours: int, tmp_path: Path) -> None:
     assert load(tmp_path).monitoring_seconds(source, target) == hours * 3600
+
+
+def test_a_connection_budget_that_a_migration_does_not_fit_in_is_refused(tmp_path: Path) -> None:
+    found = problems(tmp_path, environment=ENVIRONMENT | {"MOVER__ENGINE__MAX_CONNECTIONS_PER_DATABASE": "7"})
+    assert "engine.max_connections_per_database" in found
