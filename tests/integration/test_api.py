@@ -228,7 +228,8 @@ def status_without_utf8(url: str) -> int:
     request = urllib.request.Request(url, headers={"Authorization": "Bearer planted-\xff"})
     with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(request):
         pass
-    return refused.value.code
+    with refused.value as answer:
+        return answer.code
 
 
 async def test_a_role_may_do_what_it_may_and_the_audit_knows_who_asked(database: str) -> None:
