@@ -327,11 +327,12 @@ class Move:
         """Attempts until one fits the budget; an attempt that does not leaves no trace."""
         backoff, longest = CUTOVER_BACKOFF_S
         while True:
-            await self._catch_up(follower)
-            await verification.until_small()
             await self._know_servers()
             verification.expected_stamp = await verification.stamp()
             await self.site.check_schemas(shape)
+            await self._catch_up(follower)
+            await verification.until_small()
+            await verification.one_pass()  # what changes from here on is compared inside the pause
             self.may_rest = False
             try:
                 report = await _to_the_end(cut_over(world, self.limits.pause_budget_s))

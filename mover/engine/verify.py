@@ -81,16 +81,11 @@ class Verification:
     async def changed_rows_equal(self) -> Mapping[str, object]:
         """Under the fence; opens the snapshots that `complete` compares afterwards."""
         dirty = self.target.dirty()
-        if await self.stamp() != self.expected_stamp:
-            raise SchemaChanged(
-                "a table or column changed on the source while the tenant was being moved",
-                where=Where(self.tenant),
-                hint="Nothing was switched. Align the target and resume, or cancel and start again.",
-            )
         if dirty is None:
             raise CutoverAborted("too many rows have changed to be compared under the fence")
         with first_error():
             async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._same_schema(), name="schema stamp")
                 source = tasks.create_task(self._enter(self.source_readers), name="source snapshot")
                 target = tasks.create_task(self._enter(self.target_readers), name="target snapshot")
         self._final_readers = source.result(), target.result()
@@ -111,6 +106,14 @@ class Verification:
         """Let the final snapshots go."""
         self._final_readers = None
         await self._final.aclose()
+
+    async def _same_schema(self) -> None:
+        if await self.stamp() != self.expected_stamp:
+            raise SchemaChanged(
+                "a table or column changed on the source while the tenant was being moved",
+                where=Where(self.tenant),
+                hint="Nothing was switched. Align the target and resume, or cancel and start again.",
+            )
 
     async def _enter(self, readers: SnapshotReaders) -> DigestReader:
         return await self._final.enter_async_context(readers.at_snapshot(self.tenant))
