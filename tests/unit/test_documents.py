@@ -172,3 +172,12 @@ def test_no_file_names_a_machine_or_where_packages_come_from() -> None:
         path = ROOT / name
         text = path.read_text(errors="ignore") if path.is_file() else ""
         assert [word for word in words if word in text] == [], name
+
+
+def test_the_tests_that_watch_known_traps_are_there() -> None:
+    named = re.findall(r"`([a-z]+/test_\w+\.py)::(test_\w+)`", (ROOT / "docs/pitfalls.md").read_text())
+    assert len(named) > 60
+    missing = [
+        f"{file}::{test}" for file, test in named if f"def {test}(" not in (ROOT / "tests" / file).read_text()
+    ]
+    assert missing == []
