@@ -41,12 +41,7 @@ async def test_a_schema_that_changes_before_the_switch_pauses_the_migration(
     pg16, pg18, make_scene, change, revert, named
 ):
     scene = make_scene(pg16, pg18)
-    watch = scene.watch()
-    stage = scene.stage()
-    async with scene.writing() as workload, killed(stage):
-        await stage.start(**at("verify.begun", SIGSTOP))
-        await watch.submit(stage)
-        await until_stopped(stage)
+    async with scene.frozen_at("verify.begun") as (watch, stage, workload):
         scene.homes[CORE].execute(change)
         stage.send_signal(SIGCONT)
         await watch.until("paused")
@@ -124,12 +119,7 @@ async def test_a_watched_migration_leaves_its_room_to_the_next(pg16, pg18, make_
 async def test_another_server_than_the_migration_began_with_stops_it(pg16, pg18, make_scene):
     """A standby that was promoted may lack what was acknowledged: nothing is switched, nothing goes on."""
     scene = make_scene(pg16, pg18)
-    watch = scene.watch()
-    stage = scene.stage()
-    async with scene.writing() as workload, killed(stage):
-        await stage.start(**at("verify.begun", SIGSTOP))
-        await watch.submit(stage)
-        await until_stopped(stage)
+    async with scene.frozen_at("verify.begun") as (watch, stage, workload):
         scene.platform.execute(
             "update platform.tenant_migrations set notes = jsonb_set(notes, '{servers,source}', '\"7/1\"')"
         )
@@ -144,12 +134,7 @@ async def test_another_server_than_the_migration_began_with_stops_it(pg16, pg18,
 
 async def test_calling_off_frees_the_source_though_the_target_is_gone(pg16, pg18, make_scene):
     scene = make_scene(pg16, pg18)
-    watch = scene.watch()
-    stage = scene.stage()
-    async with scene.writing() as workload, killed(stage):
-        await stage.start(**at("copy.chunk", SIGSTOP))
-        await watch.submit(stage)
-        await until_stopped(stage)
+    async with scene.frozen_at("copy.chunk") as (watch, stage, workload):
         name = scene.homes[ESTATE].url.rpartition("/")[2]
         pg18.drop_database(name)
         await scene.wish(watch, Wish.CANCEL)

@@ -33,12 +33,7 @@ EXIT_S = 10
 @pytest.mark.parametrize("point", ["copy.chunk", "catch_up.begun", "cutover.closed"])
 async def test_sigterm_ends_the_daemon_and_nothing_is_done_twice(pg16, pg18, make_scene, point):
     scene = make_scene(pg16, pg18)
-    watch = scene.watch()
-    stage = scene.stage()
-    async with scene.writing() as workload, killed(stage):
-        await stage.start(**at(point, SIGSTOP))
-        await watch.submit(stage)
-        await until_stopped(stage)
+    async with scene.frozen_at(point) as (watch, stage, workload):
         stage.send_signal(SIGTERM)
         stage.send_signal(SIGCONT)
         began = time.monotonic()
@@ -63,17 +58,12 @@ async def test_sigterm_ends_the_daemon_and_nothing_is_done_twice(pg16, pg18, mak
 
 async def test_a_paused_migration_rests_and_goes_on(pg16, pg18, make_scene):
     scene = make_scene(pg16, pg18)
-    watch = scene.watch()
-    stage = scene.stage()
-    async with scene.writing() as workload, killed(stage):
-        await stage.start(**at("copy.chunk", SIGSTOP))
-        await watch.submit(stage)
-        await until_stopped(stage)
+    async with scene.frozen_at("copy.chunk") as (watch, stage, workload):
         await scene.wish(watch, Wish.PAUSE)
         stage.send_signal(SIGCONT)
         await watch.until("paused")
         await watch.until_row(lambda row: not row["leased"])
-        assert [our_backends(home.url) for home in scene.homes.values()] == [[], []]
+        await until(lambda: [our_backends(home.url) for home in scene.homes.values()] == [[], []])
         assert slots(scene) == [False]
         await writers_go_on(workload)
         assert (await stage.run("resume", watch.id))[0] == 0
@@ -107,12 +97,7 @@ async def test_pause_resume_and_cancel_by_command(pg16, pg18, make_scene):
 @pytest.mark.parametrize(("point", "shared"), [("prepare.schemas.done", False), ("copy.chunk", True)])
 async def test_a_cancelled_migration_leaves_nothing(pg16, pg18, make_scene, point, shared):
     scene = make_scene(pg16, pg18, shared=shared)
-    watch = scene.watch()
-    stage = scene.stage()
-    async with scene.writing() as workload, killed(stage):
-        await stage.start(**at(point, SIGSTOP))
-        await watch.submit(stage)
-        await until_stopped(stage)
+    async with scene.frozen_at(point) as (watch, stage, workload):
         await scene.wish(watch, Wish.CANCEL)
         stage.send_signal(SIGCONT)
         await watch.until("cancelled")
@@ -186,12 +171,7 @@ async def test_a_daemon_that_slept_through_its_lease_does_no_harm(pg16, pg18, ma
 
 async def test_a_walsender_that_ends_is_started_again(pg16, pg18, make_scene):
     scene = make_scene(pg16, pg18)
-    watch = scene.watch()
-    stage = scene.stage()
-    async with scene.writing() as workload, killed(stage):
-        await stage.start(**at("catch_up.begun", SIGSTOP))
-        await watch.submit(stage)
-        await until_stopped(stage)
+    async with scene.frozen_at("catch_up.begun") as (watch, stage, workload):
         scene.homes[CORE].execute(
             "select pg_terminate_backend(active_pid) from pg_replication_slots"
             " where database = current_database() and active_pid is not null"
@@ -241,12 +221,7 @@ async def test_a_platform_database_that_restarts_is_waited_for(spare_server, pg1
 
 async def test_a_row_that_is_missing_on_the_target_stops_the_migration(pg16, pg18, make_scene):
     scene = make_scene(pg16, pg18)
-    watch = scene.watch()
-    stage = scene.stage()
-    async with scene.writing() as workload, killed(stage):
-        await stage.start(**at("index.begun", SIGSTOP))
-        await watch.submit(stage)
-        await until_stopped(stage)
+    async with scene.frozen_at("index.begun") as (watch, stage, workload):
         lost = scene.lose_a_deal()
         stage.send_signal(SIGCONT)
         await watch.until("failed")
@@ -262,12 +237,7 @@ async def test_a_row_that_is_missing_on_the_target_stops_the_migration(pg16, pg1
 
 async def test_damage_that_only_the_comparison_after_the_switch_sees_keeps_the_source(pg16, pg18, make_scene):
     scene = make_scene(pg16, pg18)
-    watch = scene.watch()
-    stage = scene.stage()
-    async with scene.writing() as workload, killed(stage):
-        await stage.start(**at("verify.done", SIGSTOP))
-        await watch.submit(stage)
-        await until_stopped(stage)
+    async with scene.frozen_at("verify.done") as (watch, stage, workload):
         scene.lose_a_deal()
         stage.send_signal(SIGCONT)
         await watch.until_row(lambda row: row["error"] is not None)

@@ -189,6 +189,16 @@ class Scene:
             await stage.start()
             yield stage
 
+    @asynccontextmanager
+    async def frozen_at(self, point: str) -> AsyncIterator[tuple[Watch, Stage, Workload]]:
+        """A migration under way, with writers, whose daemon stands still at a crash point."""
+        watch, stage = self.watch(), self.stage()
+        async with self.writing() as workload, killed(stage):
+            await stage.start(**at(point, signal.SIGSTOP))
+            await watch.submit(stage)
+            await until_stopped(stage)
+            yield watch, stage, workload
+
     def lose_a_deal(self) -> int:
         """Delete a row of the tenant on the target as only a superuser can, unseen by every trigger."""
         with psycopg.connect(self.homes[ESTATE].url) as conn:
