@@ -9,7 +9,7 @@ import redis
 
 from mover.demo.schema import schemas
 from tests.acceptance.conftest import neighbours
-from tests.support.acceptance import CORE, ESTATE, Home, clean, holding_off
+from tests.support.acceptance import CORE, ESTATE, Home, clean, holding_off, killed
 from tests.support.checks import leftovers
 
 
@@ -18,8 +18,19 @@ def servers(request):
     return tuple(request.getfixturevalue(name) for name in request.param)
 
 
-async def test_into_an_empty_database(servers, make_scene):
-    scene = make_scene(*servers)
+VERSIONS = ("pg15", "pg16", "pg18")
+
+
+@pytest.fixture(
+    params=[(one, other) for one in VERSIONS for other in VERSIONS if one != other],
+    ids=lambda names: "-to-".join(names),
+)
+def every_direction(request):
+    return tuple(request.getfixturevalue(name) for name in request.param)
+
+
+async def test_into_an_empty_database(every_direction, make_scene):
+    scene = make_scene(*every_direction)
     other = scene.tenants[1].id
     watch = scene.watch(writers=[other])
     with redis.Redis.from_url(scene.redis_url) as cache:
@@ -75,6 +86,23 @@ async def test_to_other_schemas_of_the_same_database(pg16, pg18, make_scene):
             await watch.until("completed")
     clean(workload.report())
     watch.check_completed()
+
+
+async def test_to_a_database_of_its_own_and_back(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    estate = scene.homes[ESTATE]
+    own = Home(estate.server, estate.url, ESTATE, "dedicated")
+    stage = scene.stage()
+    with stage.config_path.open("a") as config:
+        config.write(f'\n[dedicated]\n"{scene.tenant}" = "{own.url}"\n')
+    async with killed(stage):
+        await stage.start()
+        for watch in (scene.watch(target=own), scene.watch(ESTATE, CORE)):
+            async with scene.writing() as workload:
+                await watch.submit(stage)
+                await watch.until("completed")
+            clean(workload.report())
+            watch.check_completed()
 
 
 async def test_there_and_back_and_there_again(pg16, pg18, make_scene):
