@@ -248,10 +248,6 @@ class ChangeSource(Protocol):
         """Emit a mark; the stream reaches it after everything that has committed so far."""
         ...
 
-    async def schema_stamp(self, schemas: Collection[str]) -> str:
-        """Changes whenever a table or column of these schemas comes, goes or changes; quick to read."""
-        ...
-
     async def wal_lsn(self) -> Lsn:
         """The current end of the source's WAL."""
         ...

@@ -54,12 +54,14 @@ async def compare(
 async def compare_keys(
     keys: Mapping[MovedTable, Iterable[Key]], source: DigestReader, target: DigestReader
 ) -> Verdict:
-    """Compare only the rows with these keys; a key that neither side has is equal."""
+    """Compare only the rows with these keys; a key that neither side has is equal.
+
+    A table without a key is compared as a whole."""
     walk = _Walk(source, target)
 
     async def one(item: tuple[MovedTable, Iterable[Key]]) -> TableVerdict:
         table, its_keys = item
-        return await walk.table(table, key_sets(its_keys, KEYS_PER_SET))
+        return await walk.table(table, key_sets(its_keys, KEYS_PER_SET) if table.key else [WHOLE])
 
     return Verdict(tuple(sorted(await _each(keys.items(), one), key=lambda verdict: verdict.table)))
 

@@ -5,7 +5,7 @@ A migration has its plan; without one the catalogs of both sides say what belong
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mover.core.ddl import rename_schemas
@@ -32,8 +32,8 @@ def pair(
 ) -> Pairing:
     """`schemas` maps the source's to the target's; both sides' relations are those of these schemas."""
     back = {theirs: ours for ours, theirs in schemas.items()}
-    ours = {r.ref: r for r in source if r.kind in _TABLE_KINDS}
-    theirs = {TableRef(back[r.ref.schema], r.ref.name): r for r in target if r.kind in _TABLE_KINDS}
+    ours = {r.ref: r for r in source if _is_whole(r, schemas.keys())}
+    theirs = {TableRef(back[r.ref.schema], r.ref.name): r for r in target if _is_whole(r, schemas.values())}
     tables: list[MovedTable] = []
     incomparable: dict[TableRef, str] = {}
     left_out: list[TableRef] = []
@@ -49,6 +49,12 @@ def pair(
     return Pairing(tuple(tables), _fingerprints(ours, theirs, schemas), incomparable, tuple(left_out))
 
 
+def _is_whole(relation: Relation, schemas: Collection[str]) -> bool:
+    """Whether it is a table, and not a partition of one that is compared as a whole."""
+    is_part = relation.root is not None and relation.root.schema in schemas
+    return relation.kind in _TABLE_KINDS and not is_part
+
+
 def _exempt(relations: Sequence[Relation], tenancy: Tenancy) -> bool:
     listed = tenancy.reference_tables | tenancy.ignore_tables
     return any(str(relation.ref) in listed for relation in relations)
@@ -61,9 +67,9 @@ def _reason(ours: Relation | None, theirs: Relation | None, tenancy: Tenancy) ->
     if theirs is None:
         return "is missing on the target"
     if ours.inherits or theirs.inherits:
-        return "is partitioned or inherits: not supported by this version"
-    if not ours.key or ours.key != theirs.key:
-        return "has no primary key that is the same on both sides"
+        return "inherits: not supported by this version"
+    if ours.key != theirs.key:
+        return "has no key that is the same on both sides"
     if {c.name for c in _copied(ours)} != {c.name for c in _copied(theirs)}:
         return "has other columns on the target"
     if ours.column(tenancy.column) is None or theirs.column(tenancy.column) is None:

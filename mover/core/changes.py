@@ -73,9 +73,11 @@ class Delete:
 
 @dataclass(slots=True)
 class Truncated:
-    """The application truncated a whole table (told by our statement trigger, not by pgoutput)."""
+    """The application truncated a whole table, or one partition of it (told by our statement trigger, not by
+    pgoutput)."""
 
     table: TableRef
+    partition: TableRef | None = None
 
 
 @dataclass(slots=True)

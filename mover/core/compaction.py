@@ -6,12 +6,24 @@ be known without the row itself, `NeedsOrder` says so and the batch is replayed 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, TypeAlias
 
-from mover.core.changes import UNCHANGED, Change, Delete, Insert, Relation, Row, RowChange, Truncated, Update
+from mover.core.changes import (
+    UNCHANGED,
+    Change,
+    Delete,
+    Insert,
+    Relation,
+    Row,
+    RowChange,
+    Truncated,
+    Update,
+    Value,
+)
 from mover.core.ids import TableRef
 
 Key: TypeAlias = Any  # one value, or a tuple of values for a composite key
@@ -32,7 +44,7 @@ class NetTable:
     deletes: dict[Key, Row] = field(default_factory=dict)  # present before; only the key's columns count
 
 
-def parts(changes: Iterable[Change]) -> Iterator[TableRef | list[RowChange]]:
+def parts(changes: Iterable[Change]) -> Iterator[Truncated | list[RowChange]]:
     """The changes in order, cut where a table was truncated: its tenant's rows go between two parts."""
     part: list[RowChange] = []
     for change in changes:
@@ -40,7 +52,7 @@ def parts(changes: Iterable[Change]) -> Iterator[TableRef | list[RowChange]]:
             if part:
                 yield part
             part = []
-            yield change.table
+            yield change
         else:
             part.append(change)
     if part:
@@ -129,3 +141,30 @@ def _inherit(new: Row, earlier: Row) -> Row:
     if UNCHANGED not in new:
         return new
     return [old if value is UNCHANGED else value for value, old in zip(new, earlier, strict=True)]
+
+
+@dataclass(slots=True)
+class NetRows:
+    """What changes did to a table in which only whole rows can be told apart; a row may stand in it twice.
+
+    Deletions first: what is left is part of the result, so that no unique value collides on the way."""
+
+    relation: Relation
+    deletes: list[Row]
+    inserts: list[Row]
+
+
+def net_rows(changes: Iterable[RowChange]) -> Iterator[NetRows]:
+    """The net effect of changes that carry whole rows; by table, in order where one changed its shape."""
+    counts: dict[int, tuple[Relation, Counter[tuple[Value, ...]]]] = {}
+    for change in changes:
+        relation, rows = counts.setdefault(id(change.relation), (change.relation, Counter()))
+        if not isinstance(change, Insert):
+            assert change.old is not None, f"{relation.table} is not under REPLICA IDENTITY FULL"
+            rows[tuple(change.old)] -= 1
+        if not isinstance(change, Delete):
+            assert UNCHANGED not in change.new  # the old row has it, and the decoder took it from there
+            rows[tuple(change.new)] += 1
+    for relation, rows in counts.values():
+        deletes, inserts = (-rows).elements(), (+rows).elements()
+        yield NetRows(relation, [list(row) for row in deletes], [list(row) for row in inserts])

@@ -319,6 +319,15 @@ def _name_after(words: Sequence[Token], keyword: str) -> TableRef | None:
     return None
 
 
+def attached(sql: str) -> tuple[TableRef, TableRef] | None:
+    """The partition that an ALTER TABLE … ATTACH PARTITION adds, and the table that it adds it to."""
+    words = significant(sql)
+    if [t.word for t in words[:2]] != ["alter", "table"] or not has_words(sql, "attach", "partition"):
+        return None
+    partition, table = _name_after(words, "partition"), _name_after(words, "table")
+    return (partition, table) if partition and table else None
+
+
 def has_words(sql: str, *phrase: str) -> bool:
     """Whether the bare words of `phrase` stand one after another in `sql`."""
     words = [t.word for t in significant(sql)]

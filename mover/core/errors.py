@@ -88,6 +88,12 @@ class SchemaChanged(MoverError):
     code, remedy = "schema_changed", Remedy.PAUSE
 
 
+class PlanOutdated(SchemaChanged):
+    """The source's schemas are not those that the plan was made of: they are compared anew."""
+
+    code, remedy = "plan_outdated", Remedy.RETRY
+
+
 class ApplyConflict(MoverError):
     """A change does not fit the target's rows: another tenant's row, or a row that is not there."""
 

@@ -118,7 +118,7 @@ class Relation:
     ref: TableRef
     kind: str  # r table, p partitioned, f foreign, v view, m materialised view
     persistence: str  # p permanent, u unlogged, t temporary
-    inherits: bool  # a parent or a child, partitions included
+    inherits: bool  # a parent or a child by INHERITS
     row_security: bool  # policies apply to our role
     row_security_forced: bool  # they apply to the table's owner
     owner: str
@@ -128,14 +128,25 @@ class Relation:
     columns: tuple[ColumnFacts, ...] = ()
     indexes: tuple[IndexFacts, ...] = ()
     triggers: tuple[TriggerFacts, ...] = ()  # the application's
+    root: TableRef | None = None  # of a partition: the table whose rows it stores
+    partitions: tuple[TableRef, ...] = ()  # of a root: on all levels, whatever their schema
 
     def column(self, name: str) -> ColumnFacts | None:
         return next((c for c in self.columns if c.name == name), None)
 
     @property
+    def key_index(self) -> IndexFacts | None:
+        """What tells its rows apart: the primary key, else the smallest unique index that could be one.
+
+        Generated values do not travel, and DEFERRABLE ones may be there twice inside a transaction."""
+        travelling = frozenset(c.name for c in self.columns if c.not_null and not c.generated)
+        usable = [i for i in self.indexes if i.identifies(frozenset(), travelling)]
+        return min(usable, key=lambda i: (not i.primary, len(i.columns), i.columns, i.name), default=None)
+
+    @property
     def key(self) -> tuple[str, ...]:
-        """The primary key's columns, in index order; empty without one."""
-        return next((i.columns for i in self.indexes if i.primary), ())
+        """The key's columns, in index order; empty where only whole rows can be told apart."""
+        return self.key_index.columns if self.key_index else ()
 
     @property
     def not_null(self) -> frozenset[str]:
@@ -144,7 +155,10 @@ class Relation:
     def identity_covers(self, tenant_column: str) -> bool:
         """Whether UPDATE and DELETE already carry the tenant column and the key in the stream."""
         if self.replica_identity == "f":
-            return True
+            # Where generated columns are not published (ours are not), PostgreSQL 18 refuses such UPDATEs.
+            return not (self.key and any(column.generated for column in self.columns))
+        if not self.key:
+            return False
         needed = frozenset({tenant_column, *self.key})
         return any(
             index.identifies(needed, self.not_null)
@@ -154,6 +168,8 @@ class Relation:
 
     def identity_candidate(self, tenant_column: str) -> IndexFacts | None:
         """An existing index that can become the replica identity; the primary key first."""
+        if not self.key:
+            return None
         needed = frozenset({tenant_column, *self.key})
         suitable = [i for i in self.indexes if i.identifies(needed, self.not_null)]
         return min(suitable, key=lambda i: (not i.primary, len(i.columns), i.name), default=None)
@@ -198,6 +214,7 @@ class SideFacts:
 
     server: ServerFacts
     schemas: frozenset[str]  # those of ours that exist
+    closed_schemas: frozenset[str] = frozenset()  # in which our role may not create an index
     unfinished_clones: frozenset[str] = frozenset()  # migrations that made them and may still drop them
     relations: tuple[Relation, ...] = ()
     foreign_keys: tuple[ForeignKey, ...] = ()  # from or into the moved schemas
@@ -253,7 +270,8 @@ class Facts:
     connections_wanted: int
     rows: Mapping[TableRef, Rows] = field(default_factory=dict)  # by the source's name
     target_tenant_tables: tuple[TableRef, ...] = ()  # that hold rows of this tenant already
-    parents_outside: frozenset[TableRef] = frozenset()  # referenced, not moved, there on the target
+    # Referenced, not moved, there on the target; with what our role may do: SELECT, REFERENCES.
+    parents_outside: Mapping[TableRef, frozenset[str]] = field(default_factory=dict)
     differences: tuple[str, ...] = ()  # of the fingerprints, when the target's schemas exist
     collisions: tuple[Collision, ...] = ()
     missing_references: tuple[Dangling, ...] = ()
@@ -274,10 +292,12 @@ class Facts:
         return str(ref) in tables or str(self.mapped(ref)) in tables
 
     def is_tenant_table(self, relation: Relation) -> bool:
-        """An ordinary table with the tenant column that the configuration does not exempt."""
+        """A table with the tenant column that the configuration does not exempt; never a partition, whose
+        rows are its root's."""
         exempt = self.tenancy.reference_tables | self.tenancy.ignore_tables
         return (
             relation.kind in ("r", "p")
+            and relation.root is None
             and relation.column(self.tenancy.column) is not None
             and not self.listed(relation.ref, exempt)
         )

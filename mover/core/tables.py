@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from mover.core.ids import TableRef
 
+MAX_SCANNED_ROWS = 20_000  # of a table without a key, read within some ten milliseconds
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -30,7 +32,7 @@ class MovedTable:
     source: TableRef
     target: TableRef
     columns: tuple[Column, ...]  # in the source's order
-    key: tuple[str, ...]  # the primary key's columns, in index order
+    key: tuple[str, ...]  # in index order; empty where only whole rows can be told apart
     tenant_column: str
     estimated_rows: int = 0
     estimated_bytes: int = 0
@@ -39,6 +41,17 @@ class MovedTable:
     def copied(self) -> tuple[Column, ...]:
         """The columns whose values travel."""
         return tuple(c for c in self.columns if not c.generated)
+
+    @property
+    def is_quickly_compared(self) -> bool:
+        """Whether what changed can be compared within a pause: without a key, every row is read for it."""
+        return bool(self.key) or self.estimated_rows <= MAX_SCANNED_ROWS
+
+    def spare(self, name: str) -> str:
+        """`name`, or longer, as long as a column has it: for what we put beside the table's columns."""
+        while any(column.name == name for column in self.columns):
+            name += "_"
+        return name
 
     @property
     def key_columns(self) -> tuple[Column, ...]:

@@ -42,6 +42,8 @@ class WaveCopy:
     workers: int
     wave_seconds: float
     build_keys: Callable[[list[MovedTable]], Awaitable[None]]
+    # Raises when the tables are not those of the shape any more: the rows of one may lack values.
+    check_schemas: Callable[[], Awaitable[None]]
     on_chunk: Callable[[int, int], None]
 
     async def run(self) -> None:
@@ -66,6 +68,7 @@ class WaveCopy:
     async def _wave(self) -> None:
         touched: dict[MovedTable, None] = {}
         async with AsyncExitStack() as lifetime, self.follower.hold(lifetime) as point:
+            await self.check_schemas()
             started = self.clock.monotonic()
             queue = await self._queue(point.snapshot_id)
 

@@ -37,7 +37,9 @@ from mover.core.errors import (
 from mover.core.migration import Claim, Migration, Place, Progress
 from mover.core.states import PHASES, Phase, Status
 from mover.core.tables import MovedTable, Plan, Shape
+from mover.engine.align import Alignment
 from mover.engine.copy import WaveCopy
+from mover.engine.figures import Figures
 from mover.engine.follow import Follower
 from mover.engine.site import Link, Site
 from mover.engine.verify import Verification
@@ -47,8 +49,6 @@ log = structlog.get_logger()
 
 # The stream is caught up when a mark passes through it within this share of the pause budget.
 DRAIN_SHARE = 0.2
-# Under this lag the target counts as close behind, for the lag in seconds.
-SMALL_LAG_BYTES = 1 << 20
 # After an aborted attempt writers get this long before the next one; doubled up to the second number.
 CUTOVER_BACKOFF_S = (1.0, 30.0)
 # The rest of a window that is waited for on the spot, and the time between looks at a longer one.
@@ -110,14 +110,16 @@ class Move:
     observer: Observer
     progress: Progress = field(default_factory=Progress)
     follower: Follower | None = None
+    alignment: Alignment = field(init=False)
     switched_at: datetime | None = None
     # False while writers may be waiting for the outcome of a cutover: no wish is obeyed meanwhile.
     may_rest: bool = field(init=False)
-    _near_at: float | None = None  # when the target was last close behind
-    _first_bytes: tuple[float, int] | None = None  # where this owner began to copy
+    _figures: Figures = field(init=False)
 
     def __post_init__(self) -> None:
         self.may_rest = not self._was_reached(Phase.CUTOVER)
+        self.alignment = Alignment(self.claim, self.store, self.site, self._say)
+        self._figures = Figures(self.progress, self.clock)
 
     async def run(self) -> Status:
         """From where the journal stands to `completed`, or to the next look at the monitoring window."""
@@ -191,8 +193,7 @@ class Move:
         async with self._phase(Phase.PROVISION):
             await self.site.provision()
         async with self._phase(Phase.PREPARE):
-            await self._prepare(plan.shape)
-        return plan
+            return await self._prepare(plan)
 
     async def _stored_plan(self) -> Plan:
         plan = await self.store.load_plan(self.claim)
@@ -200,14 +201,19 @@ class Move:
             raise MoverError("the migration has no stored plan")
         return plan
 
-    async def _prepare(self, shape: Shape) -> None:
+    async def _prepare(self, plan: Plan) -> Plan:
+        """Says the plan as the schemas are now."""
         await self._step("prepare.servers", self._know_servers)
         await self._step("prepare.ownership", self.site.take_over)
-        await self._step("prepare.schemas", self.site.clone_schemas, shape)
+        await self._step("prepare.schemas", self.site.clone_schemas, plan.shape)
+        async with self._journal("prepare.alignment"):
+            plan = await self.alignment.align(plan)
+        shape = plan.shape
         await self._step("prepare.identity", self.site.identify_rows, shape, self._wait_for)
         await self._step("prepare.sequences", self.site.reserve_sequences, shape)
         await self._step("prepare.guards", self.site.guard, shape, self._wait_for)
         await self._step("prepare.stream", self.site.publish, shape, self._wait_for)
+        return plan
 
     async def _know_servers(self) -> None:
         """Keep which servers the migration began with, or check that they still are those.
@@ -235,22 +241,25 @@ class Move:
             sequences = await closing.enter_async_context(self.site.sequences(shape))
             world = self._world(follower, verification, sequences)
             copy = self._copy_of(shape, link, follower)
-            await copy.load()
-            await follower.start()
-            with first_error():
-                async with asyncio.TaskGroup() as tasks:
-                    following = tasks.create_task(follower.run(), name="follower")
-                    async with self._phase(Phase.COPY):
-                        await copy.run()
-                    async with self._phase(Phase.INDEX), follower.paused():
-                        await self.site.build_rest(shape)
-                    async with self._phase(Phase.CATCH_UP):
-                        await self._catch_up(follower)
-                    async with self._phase(Phase.VERIFY):
-                        await verification.until_small()
-                    async with self._phase(Phase.CUTOVER):
-                        await self._cut_over(shape, world, follower, verification)
-                    following.cancel()
+            async with self.alignment.noticing():
+                await copy.load()
+                await follower.start()
+                with first_error():
+                    async with asyncio.TaskGroup() as tasks:
+                        following = tasks.create_task(follower.run(), name="follower")
+                        async with self._phase(Phase.COPY):
+                            await copy.run()
+                        async with self._phase(Phase.INDEX), follower.paused():
+                            await self.site.build_rest(shape)
+                            await self.site.check_schemas(shape)
+                        async with self._phase(Phase.CATCH_UP):
+                            await self._catch_up(follower)
+                            await verification.check_schemas()
+                        async with self._phase(Phase.VERIFY):
+                            await verification.until_small()
+                        async with self._phase(Phase.CUTOVER):
+                            await self._cut_over(shape, world, follower, verification)
+                        following.cancel()
             self.follower = None
             await self._compare_completely(verification)
 
@@ -289,7 +298,7 @@ class Move:
             source_readers=link.source_readers,
             target_readers=link.target_readers,
             on_rows=on_rows,
-            stamp=functools.partial(link.source.schema_stamp, list(shape.schemas)),
+            check_schemas=functools.partial(self.alignment.check, link.schema_stamp),
             on_mismatch=self.observer.integrity_failed,
         )
 
@@ -310,6 +319,7 @@ class Move:
             workers=self.limits.copy_workers,
             wave_seconds=self.limits.wave_seconds,
             build_keys=build_keys,
+            check_schemas=functools.partial(self.alignment.check, link.schema_stamp),
             on_chunk=self.observer.chunk_copied,
         )
 
@@ -328,8 +338,8 @@ class Move:
         backoff, longest = CUTOVER_BACKOFF_S
         while True:
             await self._know_servers()
-            verification.expected_stamp = await verification.stamp()
             await self.site.check_schemas(shape)
+            await verification.check_schemas()
             await self._catch_up(follower)
             await verification.until_small()
             await verification.one_pass()  # what changes from here on is compared inside the pause
@@ -462,28 +472,12 @@ class Move:
         if self.follower is None:
             self.progress.lag_bytes = self.progress.lag_seconds = None
             return
-        now = self.clock.monotonic()
-        lag_bytes = await self.follower.lag_bytes()
-        if lag_bytes < SMALL_LAG_BYTES or self._near_at is None:
-            self._near_at = now
-        self.progress.lag_bytes, self.progress.lag_seconds = lag_bytes, round(now - self._near_at, 1)
-        self._estimate(now)
-        health = await self.site.slot_health()
-        retained_bytes, wal_status = health or (0, "gone")
-        self.observer.measured(self.claim.migration, lag_bytes, self.progress.lag_seconds, retained_bytes)
+        self._figures.note(await self.follower.lag_bytes())
+        retained_bytes, wal_status = await self.site.slot_health() or (0, "gone")
+        lag_bytes, lag_seconds = self.progress.lag_bytes or 0, self.progress.lag_seconds or 0.0
+        self.observer.measured(self.claim.migration, lag_bytes, lag_seconds, retained_bytes)
         if wal_status == "unreserved":
             await self._say("the slot is about to be lost: the source wants its WAL back", level="warning")
-
-    def _estimate(self, now: float) -> None:
-        """Time left for copying, from the rate so far."""
-        done, total = self.progress.bytes_done, self.progress.bytes_total
-        if self._first_bytes is None:
-            self._first_bytes = (now, done)
-        since, before = self._first_bytes
-        if done > before and total > done:
-            self.progress.eta_seconds = round((total - done) * (now - since) / (done - before), 1)
-        elif total <= done:
-            self.progress.eta_seconds = None
 
     def _window_left(self) -> float:
         """Seconds until the source may be cleaned."""

@@ -5,11 +5,13 @@ What can be wrong is in `preflight_checks`; which table is moved, in `table_clas
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mover.core.ddl import rename_schemas
 from mover.core.facts import Facts, Relation, ServerFacts
 from mover.core.tables import Column, Finding, MovedTable, Plan, SequenceRef, Shape
 from mover.engine import table_classes
-from mover.engine.preflight_checks import CHECKS, listed
+from mover.engine.preflight_checks import CHECKS, TABLE_CHECKS, listed
 from mover.engine.table_classes import Classes
 
 
@@ -21,15 +23,37 @@ def judge(facts: Facts) -> Plan:
     if cycle:
         findings.append(_cycle(cycle))
     return Plan(
-        shape=Shape(
-            schemas=dict(facts.schemas),
-            tables=tuple(_moved_table(facts, relation) for relation in ordered),
-            sequences=_sequences(facts, classes),
-            fresh=facts.fresh,
-        ),
+        shape=_shape(facts, classes, ordered),
         findings=tuple(findings),
         classes={str(ref): name for ref, name in classes.names.items()},
         facts=_shown_facts(facts, classes),
+    )
+
+
+def judge_again(facts: Facts, before: Shape) -> tuple[Shape, tuple[Finding, ...]]:
+    """The shape by the same rules once the migration has begun, and the refusals that a change of the
+    schemas can bring. `facts` has no counts: the estimates of `before` are kept."""
+    classes = table_classes.classify(facts)
+    ordered, _ = table_classes.parents_first(classes.moved, facts.source.foreign_keys)
+    known = {t.source: t for t in before.tables}
+    shape = _shape(facts, classes, ordered)
+    tables = (
+        replace(t, estimated_rows=old.estimated_rows, estimated_bytes=old.estimated_bytes)
+        if (old := known.get(t.source))
+        else t
+        for t in shape.tables
+    )
+    findings = [finding for check in TABLE_CHECKS for finding in check(facts, classes)]
+    refusals = tuple(finding for finding in findings if not finding.warning)
+    return replace(shape, tables=tuple(tables), fresh=before.fresh), refusals
+
+
+def _shape(facts: Facts, classes: Classes, ordered: list[Relation]) -> Shape:
+    return Shape(
+        schemas=dict(facts.schemas),
+        tables=tuple(_moved_table(facts, relation) for relation in ordered),
+        sequences=_sequences(facts, classes),
+        fresh=facts.fresh,
     )
 
 
@@ -59,7 +83,7 @@ def _moved_table(facts: Facts, relation: Relation) -> MovedTable:
 
 def _sequences(facts: Facts, classes: Classes) -> tuple[SequenceRef, ...]:
     """Those of moved tables, and those that no table owns: code may draw from them by name."""
-    moved = {relation.ref for relation in classes.moved}
+    moved = {relation.ref for relation in classes.touched}
     return tuple(
         SequenceRef(s.ref, facts.mapped(s.ref))
         for s in facts.source.sequences

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from mover.core.facts import Facts, PublicationFacts, Relation
 from mover.core.tables import Finding
+from mover.engine.partitions import partial_foreign_keys
 from mover.engine.table_classes import Classes
 
 # Older minor releases can decode with a stale catalog after DDL and lose changes.
@@ -156,7 +157,7 @@ def _replica_role(facts: Facts, _: Classes) -> Iterator[Finding]:
 def _forced_row_security(facts: Facts, classes: Classes) -> Iterator[Finding]:
     """It would apply to us as the owner of the clone."""
     server = facts.target.server
-    for relation in classes.moved:
+    for relation in classes.touched:
         if facts.fresh and relation.row_security_forced and not server.bypass_rls:
             yield Finding(
                 "row_security",
@@ -169,7 +170,7 @@ def _forced_row_security(facts: Facts, classes: Classes) -> Iterator[Finding]:
 
 def _triggers(_: Facts, classes: Classes) -> Iterator[Finding]:
     """Those that fire under session_replication_role = replica as well."""
-    for relation in classes.moved:
+    for relation in classes.touched:
         for trigger in relation.triggers:
             if trigger.enabled not in "AR":
                 continue
@@ -191,10 +192,15 @@ def _triggers(_: Facts, classes: Classes) -> Iterator[Finding]:
                 )
 
 
+def _foreign_keys_of_partitions(facts: Facts, classes: Classes) -> Iterator[Finding]:
+    yield from partial_foreign_keys(facts, classes.partitions)
+
+
 def _foreign_keys_from_outside(facts: Facts, classes: Classes) -> Iterator[Finding]:
     moved = {relation.ref for relation in classes.moved}
+    known = {r.ref for r in classes.touched} | {r for r, name in classes.names.items() if name == "refused"}
     for key in facts.source.foreign_keys:
-        if key.parent in moved and key.child not in moved and classes.names.get(key.child) != "refused":
+        if key.parent in moved and key.child not in known:
             yield Finding(
                 "referenced_from_outside",
                 f"foreign key {key.name} of {key.child}, which is not moved, refers to {key.parent}",
@@ -216,6 +222,16 @@ def _references(facts: Facts, classes: Classes) -> Iterator[Finding]:
                     f"Create {parent} on the target and load its rows.",
                     table=key.child,
                 )
+    role = facts.target.server.role
+    for table, privileges in sorted(facts.parents_outside.items()):
+        needed = {"SELECT", "REFERENCES"} if facts.fresh else {"SELECT"}
+        if missing := listed(sorted(needed - privileges)):
+            yield Finding(
+                "no_privilege_on_parent",
+                f"role {role} lacks {missing} on {table} on the target, to which moved tables refer",
+                f'GRANT USAGE ON SCHEMA {table.schema} TO "{role}"; GRANT {missing} ON {table} TO "{role}";',
+                table=table,
+            )
     for dangling in facts.missing_references:
         key, parent = dangling.foreign_key, facts.mapped(dangling.foreign_key.parent)
         if key.parent.schema not in facts.schemas and parent not in facts.parents_outside:
@@ -292,7 +308,7 @@ def _existing_target(facts: Facts, classes: Classes) -> Iterator[Finding]:
             table=collision.table,
             warning=unknown,
         )
-    for relation in classes.moved:
+    for relation in classes.touched:
         twin = facts.target.relation(facts.mapped(relation.ref))
         if twin is not None and not twin.owned:
             yield _not_owned(twin, facts.target.server.role, "target")
@@ -306,7 +322,7 @@ def _existing_target(facts: Facts, classes: Classes) -> Iterator[Finding]:
 
 
 def _ownership(facts: Facts, classes: Classes) -> Iterator[Finding]:
-    for relation in classes.moved:
+    for relation in classes.touched:
         if not relation.owned:
             yield _not_owned(relation, facts.source.server.role, "source")
         missing = {"SELECT", "DELETE"} - relation.privileges
@@ -319,6 +335,22 @@ def _ownership(facts: Facts, classes: Classes) -> Iterator[Finding]:
             )
 
 
+def _identity_indexes(facts: Facts, classes: Classes) -> Iterator[Finding]:
+    """Where a replica identity has to be built, the table's schema has to let us."""
+    column, role = facts.tenancy.column, facts.source.server.role
+    building = [
+        r
+        for r in classes.moved
+        if r.key and not r.identity_covers(column) and r.identity_candidate(column) is None
+    ]
+    for schema in sorted({r.ref.schema for r in building} & facts.source.closed_schemas):
+        yield Finding(
+            "no_create_in_schema",
+            f"role {role} may not create indexes in schema {schema} on the source",
+            f'GRANT CREATE ON SCHEMA {schema} TO "{role}";',
+        )
+
+
 def _not_owned(relation: Relation, role: str, side: str) -> Finding:
     return Finding(
         "not_owner",
@@ -329,7 +361,7 @@ def _not_owned(relation: Relation, role: str, side: str) -> Finding:
 
 
 def _subscriptions(facts: Facts, classes: Classes) -> Iterator[Finding]:
-    moved = {r.ref for r in classes.moved} | {facts.mapped(r.ref) for r in classes.moved}
+    moved = {r.ref for r in classes.touched} | {facts.mapped(r.ref) for r in classes.touched}
     for side in (facts.source, facts.target):
         for subscription in side.subscriptions:
             if subscription.table in moved:
@@ -348,7 +380,8 @@ def _publications(facts: Facts, classes: Classes) -> Iterator[Finding]:
         if relation.identity_covers(column):
             continue
         candidate = relation.identity_candidate(column)
-        identity = set(candidate.columns) if candidate else {column, *relation.key}
+        key = relation.key or [c.name for c in relation.columns]
+        identity = set(candidate.columns) if candidate else {column, *key}
         for publication in facts.source.publications:
             if publication.table == relation.ref and _breaks(publication, identity):
                 yield Finding(
@@ -434,7 +467,9 @@ CHECKS: tuple[Callable[[Facts, Classes], Iterator[Finding]], ...] = (
     _replica_role,
     _forced_row_security,
     _ownership,
+    _identity_indexes,
     _triggers,
+    _foreign_keys_of_partitions,
     _foreign_keys_from_outside,
     _references,
     _across_tenants,
@@ -442,4 +477,15 @@ CHECKS: tuple[Callable[[Facts, Classes], Iterator[Finding]], ...] = (
     _subscriptions,
     _publications,
     _clone,
+)
+
+# Those that a schema may fail later though it passed before, and that need no look at rows.
+TABLE_CHECKS: tuple[Callable[[Facts, Classes], Iterator[Finding]], ...] = (
+    _class_findings,
+    _ownership,
+    _triggers,
+    _foreign_keys_of_partitions,
+    _foreign_keys_from_outside,
+    _subscriptions,
+    _publications,
 )

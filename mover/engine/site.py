@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from cutover.ports import Fence, Sequences, TargetFence
-from mover.core.ids import TenantId
+from mover.core.ids import TableRef, TenantId
 from mover.core.tables import MovedTable, Plan, Shape
 from mover.ports import ApplyTarget, ChangeSource, ChangeStream, Copier
 from verify.ports import DigestReader
@@ -34,6 +34,17 @@ class Link:
     copier: Copier
     source_readers: SnapshotReaders
     target_readers: SnapshotReaders
+    schema_stamp: Callable[[], Awaitable[str]]  # quick to read, see Site.schema_stamp
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """What the two sides' schemas are now, equal as far as rows depend on them."""
+
+    shape: Shape  # planned again from the catalogs
+    stamp: str  # Site.schema_stamp, read before everything else
+    unfilled: Set[tuple[TableRef, str]]  # the source's columns that are NULL in every row not written since
+    storage: Mapping[str, str]  # the source's tables -> another value once their rows were rewritten
 
 
 Say = Callable[[str], Awaitable[None]]
@@ -76,15 +87,31 @@ class Site(Protocol):
         ...
 
     async def clone_schemas(self, shape: Shape) -> None:
-        """The target's schemas, without indexes; or a check that they equal the source's."""
+        """A fresh target's schemas, without indexes."""
+        ...
+
+    async def schema_stamp(self) -> str:
+        """Another whenever something in the source's schemas changes on which rows depend."""
+        ...
+
+    async def align(self, shape: Shape, say: Say, *, is_built: bool) -> Aligned:
+        """The target follows what has changed harmlessly on the source since the plan; `is_built` says
+        whether a fresh target has its indexes and what follows them.
+
+        Raises SchemaChanged when anything else differs, or cannot be moved."""
         ...
 
     async def check_schemas(self, shape: Shape) -> None:
-        """Raises SchemaChanged when the two sides' schemas are not the same any more."""
+        """Raises PlanOutdated when `align` has something to do, SchemaChanged when an operator has."""
+        ...
+
+    async def forget_copies(self, tables: Collection[TableRef], say: Say) -> None:
+        """The tenant's rows of these tables (of the source) are not on the target any more, nor are they
+        held to be copied."""
         ...
 
     async def build_keys(self, shape: Shape, tables: Sequence[MovedTable]) -> None:
-        """The primary keys of these tables on a fresh target."""
+        """The keys of these tables on a fresh target."""
         ...
 
     async def build_rest(self, shape: Shape) -> None:

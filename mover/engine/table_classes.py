@@ -1,22 +1,30 @@
-"""Which class each relation of the moved schemas is in: tenant, reference, ignored or refused. Pure."""
+"""Which class each relation of the moved schemas is in: tenant, partition, reference, ignored or refused.
+Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mover.core.facts import Facts, ForeignKey, Relation
 from mover.core.ids import TableRef
-from mover.core.tables import Finding
+from mover.core.tables import MAX_SCANNED_ROWS, Finding
+from mover.engine.partitions import unfit_partition, unfit_root
 
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """`moved` are the tenant tables without a reason to refuse them."""
+    """`moved` are the tenant tables without a reason to refuse them; `partitions` store their rows."""
 
     moved: tuple[Relation, ...]
+    partitions: tuple[Relation, ...]
     names: Mapping[TableRef, str]
     findings: tuple[Finding, ...]
+
+    @property
+    def touched(self) -> tuple[Relation, ...]:
+        """The tables on which we make something, or which we read or delete from by name."""
+        return (*self.moved, *self.partitions)
 
 
 def classify(facts: Facts) -> Classes:
@@ -32,18 +40,25 @@ def classify(facts: Facts) -> Classes:
         names[relation.ref] = _class(facts, relation, any(not r.warning for r in reasons))
         if names[relation.ref] == "tenant":
             moved.append(relation)
-    return Classes(tuple(moved), names, tuple(findings))
+    roots = {relation.ref for relation in moved}
+    partitions = tuple(r for r in facts.source.relations if r.root in roots)
+    return Classes(tuple(moved), partitions, names, tuple(findings))
 
 
 def _class(facts: Facts, relation: Relation, refused: bool) -> str:
     if refused:
         return "refused"
+    if relation.root is not None:
+        return "partition"
     if facts.listed(relation.ref, facts.tenancy.reference_tables):
         return "reference"
     return "tenant" if facts.is_tenant_table(relation) else "ignored"
 
 
 def _reasons(facts: Facts, relation: Relation, owned: frozenset[TableRef]) -> Iterator[Finding]:
+    if relation.root is not None:
+        yield from unfit_partition(facts, relation, facts.source.relation(relation.root))
+        return
     exempt = facts.tenancy.reference_tables | facts.tenancy.ignore_tables
     if facts.listed(relation.ref, exempt):
         return
@@ -75,11 +90,15 @@ def _reasons(facts: Facts, relation: Relation, owned: frozenset[TableRef]) -> It
 
 def _unfit(facts: Facts, relation: Relation) -> Iterator[Finding]:
     """Why a table with the tenant column cannot be moved."""
-    if relation.kind == "p" or relation.inherits:
-        kind = "partitioned" if relation.kind == "p" else "part of an inheritance or partition tree"
+    if relation.inherits:
         yield _refusal(
-            relation, "partitioned", f"is {kind}: not supported by this version", _exempting(relation)
+            relation,
+            "inheritance",
+            "is part of an inheritance tree, whose rows stand in several tables",
+            f"Partition it instead, or end it with ALTER TABLE {relation.ref} NO INHERIT …;",
         )
+    if relation.kind == "p":
+        yield from unfit_root(facts, relation)
     if relation.persistence != "p":
         yield _refusal(
             relation,
@@ -87,13 +106,8 @@ def _unfit(facts: Facts, relation: Relation) -> Iterator[Finding]:
             "is unlogged: its changes are not in the WAL",
             f"ALTER TABLE {relation.ref} SET LOGGED;",
         )
-    if not relation.key:
-        yield _refusal(
-            relation,
-            "no_primary_key",
-            "has no primary key: its changes cannot be followed",
-            f"ALTER TABLE {relation.ref} ADD PRIMARY KEY (…);",
-        )
+    if relation.kind == "r" and not relation.key:
+        yield _keyless(facts, relation)
     column = relation.column(facts.tenancy.column)
     if column is not None and not column.not_null:
         yield _refusal(
@@ -119,6 +133,32 @@ def _unfit(facts: Facts, relation: Relation) -> Iterator[Finding]:
         )
 
 
+def _keyless(facts: Facts, relation: Relation) -> Finding:
+    """Without a key a row is found by all of its values, which changes carry under REPLICA IDENTITY FULL."""
+    hint = f"ALTER TABLE {relation.ref} ADD PRIMARY KEY (…);"
+    rows = facts.rows.get(relation.ref)
+    is_large = rows is not None and rows.rows > MAX_SCANNED_ROWS
+    late = "; since it is large, what changes last is compared only after the switch" if is_large else ""
+    if facts.source.server.major >= 18 and any(c.generated for c in relation.columns):
+        return _refusal(
+            relation,
+            "no_key_generated_columns",
+            "has generated columns and no key: PostgreSQL 18 would refuse everybody's changes of it",
+            hint,
+        )
+    return replace(
+        _refusal(
+            relation,
+            "no_key",
+            "has no key (primary or unique, of NOT NULL columns, not DEFERRABLE): while the tenant moves,"
+            " every tenant's updates and deletes write whole rows to the WAL, and the tenant's are found by a"
+            f" scan{late}",
+            hint,
+        ),
+        warning=True,
+    )
+
+
 def _refusal(relation: Relation, code: str, why: str, hint: str) -> Finding:
     return Finding(code, f"table {relation.ref} {why}", hint, table=relation.ref)
 
@@ -137,7 +177,10 @@ def _owned_tables(facts: Facts) -> frozenset[TableRef]:
     candidates = {
         r.ref
         for r in facts.source.relations
-        if r.ref not in reached and not facts.listed(r.ref, exempt) and r.kind in ("r", "p")
+        if r.ref not in reached
+        and not facts.listed(r.ref, exempt)
+        and r.kind in ("r", "p")
+        and r.root is None
     }
     owned: set[TableRef] = set()
     growing = True

@@ -71,7 +71,8 @@ class BulkCopier:
 
     def query(self, table: MovedTable, chunk: Chunk) -> str:
         """The rows of one chunk; in key order where the target maintains indexes meanwhile."""
-        order = sql.SQL("") if self._shape.fresh else sql.SQL(" ORDER BY {}")
+        in_any_order = self._shape.fresh or not table.key
+        order = sql.SQL("") if in_any_order else sql.SQL(" ORDER BY {}")
         return (
             sql.SQL("SELECT {} FROM {} AS t WHERE t.{} = {} AND {}{}")
             .format(
@@ -98,19 +99,22 @@ class BulkCopier:
         return self._source.label, self._target.label
 
     async def _bounds(self, table: MovedTable, snapshot_id: str) -> list[Key]:
-        """Keys that split the tenant's rows into chunks of about CHUNK_BYTES."""
+        """Keys that split the tenant's rows into chunks of about CHUNK_BYTES; none without a key."""
+        if not table.key:
+            return []
         width = table.estimated_bytes // max(table.estimated_rows, 1) or 200
         per_chunk = min(max(CHUNK_BYTES // width, MIN_CHUNK_ROWS), MAX_CHUNK_ROWS)
         key = ranges.order_key(table, "t")
         texts = sql.SQL(", ").join(sql.SQL("t.{}::text").format(sql.Identifier(name)) for name in table.key)
         query = sql.SQL(
-            "SELECT {texts} FROM (SELECT {names}, row_number() OVER (ORDER BY {key}) AS mover_n"
+            "SELECT {texts} FROM (SELECT {names}, row_number() OVER (ORDER BY {key}) AS {n}"
             " FROM {table} AS t WHERE t.{tenant} = {value}) AS t"
-            " WHERE mod(mover_n, {per_chunk}) = 0 ORDER BY mover_n"
+            " WHERE mod({n}, {per_chunk}) = 0 ORDER BY {n}"
         ).format(
             texts=texts,
             names=ranges.columns(table.key_columns, "t"),
             key=key,
+            n=sql.Identifier(table.spare("mover_n")),
             table=sql.Identifier(table.source.schema, table.source.name),
             tenant=sql.Identifier(table.tenant_column),
             value=sql.Literal(str(self._tenant)),

@@ -84,6 +84,7 @@ async def read_side(conn: Connection, schemas: Collection[str], label: str) -> S
     return SideFacts(
         server=await read_server(conn, label),
         schemas=frozenset(comments),
+        closed_schemas=frozenset(row["name"] for row in await rows(conn, "closed_schemas", **names)),
         unfinished_clones=frozenset(filter(None, map(migration_that_made, comments.values()))),
         relations=await read_relations(conn, schemas),
         foreign_keys=tuple(_foreign_key(row) for row in await rows(conn, "foreign_keys", **names)),
@@ -124,6 +125,8 @@ async def read_relations(conn: Connection, schemas: Collection[str]) -> tuple[Re
             triggers=tuple(
                 TriggerFacts(t["name"], t["on_delete"], t["enabled"]) for t in triggers[row["oid"]]
             ),
+            root=TableRef(*row["root"]) if row["root"] else None,
+            partitions=tuple(TableRef(*name) for name in row["partitions"] or ()),
         )
         for row in found
     )
@@ -134,12 +137,12 @@ async def read_relation(conn: Connection, table: TableRef) -> Relation | None:
     return next((r for r in await read_relations(conn, [table.schema]) if r.ref == table), None)
 
 
-async def existing_tables(conn: Connection, tables: Sequence[TableRef]) -> frozenset[TableRef]:
-    """Those of `tables` that are there."""
+async def existing_tables(conn: Connection, tables: Sequence[TableRef]) -> Mapping[TableRef, frozenset[str]]:
+    """Those of `tables` that are there, each with what our role may do: SELECT, REFERENCES."""
     found = await rows(
         conn, "existing_tables", schemas=[t.schema for t in tables], names=[t.name for t in tables]
     )
-    return frozenset(TableRef(row["schema"], row["name"]) for row in found)
+    return {TableRef(row["schema"], row["name"]): frozenset(row["privileges"]) for row in found}
 
 
 def _by_relation(found: Sequence[Row]) -> Mapping[int, list[Row]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class ClonedDdl:
 
     comments: Mapping[str, str | None]  # the target's schemas, with the comments that they shall have
     pre: tuple[Statement, ...]  # schemas, types, functions, tables, sequences, defaults, views
-    keys: Mapping[TableRef, tuple[Statement, ...]]  # primary keys, by the target's table
+    # What tells rows apart, by the target's table; that of partitions stands with their root's.
+    keys: Mapping[TableRef, tuple[Statement, ...]]
     post: tuple[Statement, ...]  # everything else
 
 
@@ -64,22 +65,44 @@ async def read_ddl(
         major = max(ours.info.server_version, theirs.info.server_version) // 10000
         roles = {row["name"]: row["member"] for row in await catalog.rows(theirs, "roles")}
         comments = await catalog.existing_schemas(ours, schemas)
+        key_names = {
+            Created(kind, TableRef(schemas[relation.ref.schema], relation.ref.name), relation.key_index.name)
+            for relation in await catalog.read_relations(ours, schemas)
+            if relation.key_index is not None
+            for kind in ("index", "constraint")
+        }
     program = await pg_dump.find(major, bin_dirs)
     names = sorted(schemas)
     pre, post = [
         _for_target(await pg_dump.run(program, source, names, section), schemas, roles)
         for section in ("pre-data", "post-data")
     ]
+    keys, rest = _parted(post, key_names, _parents(pre))
+    named = {schemas[schema]: comment for schema, comment in comments.items()}
+    return ClonedDdl(named, tuple(pre), keys, rest)
+
+
+def _parents(pre: Sequence[Statement]) -> Mapping[TableRef, TableRef]:
+    """Each partition's table."""
+    return dict(filter(None, (ddl.attached(s.sql) for s in pre if s.type == "TABLE ATTACH")))
+
+
+def _parted(
+    post: Sequence[Statement], key_names: Collection[Created], parents: Mapping[TableRef, TableRef]
+) -> tuple[Mapping[TableRef, tuple[Statement, ...]], tuple[Statement, ...]]:
+    """The keys by table, those of partitions behind their root's, as pg_dump has them; and the rest."""
     keys: dict[TableRef, tuple[Statement, ...]] = {}
     rest = []
     for statement in post:
         made = ddl.created(statement.sql)
-        if made is not None and made.kind == "constraint" and ddl.has_words(statement.sql, "primary", "key"):
-            keys[made.on] = (*keys.get(made.on, ()), statement)
+        if made is not None and made in key_names:
+            table = made.on
+            while table in parents:
+                table = parents[table]
+            keys[table] = (*keys.get(table, ()), statement)
         else:
             rest.append(statement)
-    named = {schemas[schema]: comment for schema, comment in comments.items()}
-    return ClonedDdl(named, tuple(pre), keys, tuple(rest))
+    return keys, tuple(rest)
 
 
 def _for_target(dump: str, schemas: Mapping[str, str], roles: Mapping[str, bool]) -> list[Statement]:
@@ -134,10 +157,10 @@ async def apply_pre(target: Database, cloned: ClonedDdl, migration: MigrationId)
 
 
 async def build_keys(target: Database, cloned: ClonedDdl, tables: Collection[TableRef]) -> None:
-    """The primary keys of these tables of the target."""
+    """The keys of these tables of the target."""
     statements = [s for table in tables for s in cloned.keys.get(table, ())]
     async with target.connect("keys", **_INDEX_SETTINGS) as conn:
-        there = await _existing(conn, {table.schema for table in tables})
+        there = await _existing(conn, cloned.comments)
         for statement in statements:
             if ddl.created(statement.sql) not in there:
                 await _run_held(conn, target, statement)
@@ -148,35 +171,49 @@ async def build_rest(target: Database, cloned: ClonedDdl, *, workers: int) -> No
     await build_keys(target, cloned, list(cloned.keys))
     async with target.connect("index") as conn:
         there = await _existing(conn, cloned.comments)
-    indexes, foreign_keys, rest = _stages(cloned.post)
-    await _in_parallel(target, [s for s in indexes if ddl.created(s.sql) not in there], workers)
-    await _in_parallel(target, [s for s in foreign_keys if ddl.created(s.sql) not in there], workers)
+    stages = _stages(cloned)
+    for statements, at_once in (
+        (stages.frames, 1),
+        (stages.indexes, workers),
+        (stages.attachments, 1),
+        (stages.foreign_keys, workers),
+    ):
+        missing = [s for s in statements if ddl.created(s.sql) not in there]
+        await _in_parallel(target, missing, at_once)
     async with target.connect("index", **_INDEX_SETTINGS) as conn:
-        for statement in rest:
+        for statement in stages.rest:
             if ddl.created(statement.sql) not in there:
                 await _run_held(conn, target, statement)
         for table in sorted(cloned.keys):
             await conn.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(table.schema, table.name)))
 
 
-def _stages(
-    statements: Sequence[Statement],
-) -> tuple[list[Statement], list[Statement], list[Statement]]:
-    """Indexes, foreign keys, the rest. An index of a view that is itself built here stays behind it."""
-    made_here = [ddl.created(s.sql) for s in statements]
+@dataclass(slots=True)
+class _Stages:
+    frames: list[Statement] = field(default_factory=list)  # of partitioned tables: without rows of their own
+    indexes: list[Statement] = field(default_factory=list)
+    # Repeatable. With the last of its partitions' an index of a partitioned table is valid.
+    attachments: list[Statement] = field(default_factory=list)
+    foreign_keys: list[Statement] = field(default_factory=list)
+    rest: list[Statement] = field(default_factory=list)
+
+
+def _stages(cloned: ClonedDdl) -> _Stages:
+    """An index of a view that is itself built here stays behind it."""
+    made_here = [ddl.created(s.sql) for s in cloned.post]
     late = {made.on for made in made_here if made is not None and made.kind == "view"}
-    indexes: list[Statement] = []
-    foreign_keys: list[Statement] = []
-    rest: list[Statement] = []
-    for statement in statements:
-        made = ddl.created(statement.sql)
+    partitioned = set(_parents(cloned.pre).values())
+    stages = _Stages()
+    for statement, made in zip(cloned.post, made_here, strict=True):
         if statement.type == "FK CONSTRAINT" and made is not None:
-            foreign_keys.append(statement)
+            stages.foreign_keys.append(statement)
+        elif statement.type == "INDEX ATTACH":
+            stages.attachments.append(statement)
         elif made is not None and _is_index(made, statement) and made.on not in late:
-            indexes.append(statement)
+            (stages.frames if made.on in partitioned else stages.indexes).append(statement)
         else:
-            rest.append(statement)
-    return indexes, foreign_keys, rest
+            stages.rest.append(statement)
+    return stages
 
 
 def _is_index(made: Created, statement: Statement) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from psycopg import sql
 
@@ -161,6 +161,46 @@ class DigestQueries:
 
     def _key_texts(self) -> list[sql.Composable]:
         return [_compose("{}::pg_catalog.text", _column(column)) for column in self.table.key_columns]
+
+
+@dataclass(frozen=True)
+class WholeRowQueries(DigestQueries):
+    """Of `rows_of`, a table without a key: a row is known by the digest of its values, and by its number
+    among its equals. So `table` has these two for a key."""
+
+    rows_of: MovedTable
+
+    @property
+    def seekable(self) -> bool:
+        return False
+
+    def _from(self) -> sql.Composed:
+        tenant_column = sql.Identifier("t", self.table.tenant_column)
+        rows = _compose(
+            "SELECT {tenant}, {digest} AS {row} FROM {name} AS t WHERE {tenant} = {value}",
+            tenant=tenant_column,
+            digest=_digest(_column(column) for column in self.rows_of.copied),
+            row=_name(_ROW.name),
+            name=sql.Identifier(self.name.schema, self.name.name),
+            value=sql.Literal(str(self.tenant)),
+        )
+        return _compose(
+            "(SELECT t.*, row_number() OVER (PARTITION BY {}) AS {} FROM ({}) AS t) AS t",
+            _column(_ROW),
+            _name(_NUMBER.name),
+            rows,
+        )
+
+
+_ROW = Column("mover_row", "bytea", "bytea")
+_NUMBER = Column("mover_number", "bigint", "bigint")
+
+
+def queries_of(table: MovedTable, side: Side, tenant: TenantId, bytewise: frozenset[str]) -> DigestQueries:
+    if table.key:
+        return DigestQueries(table, side, tenant, bytewise)
+    keyed = replace(table, columns=(_ROW, _NUMBER), key=(_ROW.name, _NUMBER.name))
+    return WholeRowQueries(keyed, side, tenant, bytewise, table)
 
 
 def _digest(values: Iterable[sql.Composable]) -> sql.Composed:

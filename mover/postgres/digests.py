@@ -17,7 +17,7 @@ from psycopg import sql
 from mover.core.ids import Side, TenantId
 from mover.core.tables import MovedTable
 from mover.postgres.connect import Database
-from mover.postgres.digest_queries import BYTEWISE_COLUMNS, DigestQueries
+from mover.postgres.digest_queries import BYTEWISE_COLUMNS, DigestQueries, queries_of
 from mover.postgres.errors import translate
 from verify.compare import Fingerprints, compare
 from verify.digest import Digest, LeafDigest, LeafHasher
@@ -119,9 +119,9 @@ class SnapshotReader:
         return {tuple(row[:-1]): row[-1] for row in map(tuple, rows)}
 
     async def column_digests(self, table: MovedTable, keys: Sequence[Key]) -> Mapping[Key, Sequence[Digest]]:
-        width = len(table.key)
         async with self._session() as session:
             queries = await self._queries_of(table, session)
+            width = len(queries.table.key)
             await session.allow_scans(False)
             rows = await session.connection.fetch(queries.column_digests(keys))
         return {tuple(row[:width]): row[width:] for row in map(tuple, rows)}
@@ -142,7 +142,7 @@ class SnapshotReader:
             quoted = sql.Identifier(name.schema, name.name).as_string(None)
             columns = await session.connection.fetch(BYTEWISE_COLUMNS, quoted)
             bytewise[table] = frozenset(column for (column,) in columns)
-        return DigestQueries(table, side, self._tenant, bytewise[table])
+        return queries_of(table, side, self._tenant, bytewise[table])
 
 
 async def verify_databases(

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 import asyncpg
 import psycopg
 
-from mover.core.errors import ApplyConflict, LockNotAvailable, MoverError, Refused, Unreachable, Where
+from mover.core.errors import (
+    ApplyConflict,
+    LockNotAvailable,
+    MoverError,
+    Refused,
+    SchemaChanged,
+    Unreachable,
+    Where,
+)
 from mover.core.ids import TableRef
 
 _CONFLICTS = {"23505", "23503", "23P01", "23502", "23514"}
@@ -17,6 +25,7 @@ _CONFLICTS = {"23505", "23503", "23P01", "23502", "23514"}
 _PASSING_CLASSES = ("08", "53", "57P0", "25P03", "57P05", "58")
 _PASSING = {"40001", "40P01", "57014", "55006"}
 _DENIED = {"42501", "28000", "28P01", "3D000"}
+_PARTITION = "Create the partition that the other side has, then resume."
 _PLAIN = {
     "28P01": "wrong password",
     "28000": "the server does not let this role in",
@@ -57,6 +66,9 @@ def translated(error: Exception, label: str) -> MoverError:
     text = f"{label}: {_condition(error)} (SQLSTATE {state}){_objects(error)}"
     if state == "55P03":
         return LockNotAvailable(text, where=where)
+    if state == "23514" and where.table is not None and _diagnostic(error, "constraint_name") is None:
+        text = f"{label}: no partition of {where.table} takes a row"
+        return SchemaChanged(text, where=where, hint=_PARTITION)
     if state in _CONFLICTS:
         return ApplyConflict(text, where=where)
     if state in _DENIED:

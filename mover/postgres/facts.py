@@ -7,7 +7,7 @@ unknown, never waited for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -107,10 +107,12 @@ class _Gathering:
     def _tenant_tables(self, side: SideFacts) -> list[Relation]:
         """Those whose rows can be looked at."""
         column = self.base.tenancy.column
+        elsewhere = {r.root for r in side.relations if r.kind == "f"}  # another server would be asked
         return [
             r
             for r in side.relations
             if self.base.is_tenant_table(r)
+            and r.ref not in elsewhere
             and "SELECT" in r.privileges
             and not r.row_security
             and any(c.can_name_tenants for c in r.columns if c.name == column)
@@ -163,24 +165,26 @@ class _Gathering:
             return ()
         mine = await fingerprint(self.source.conn, self.base.schemas)
         theirs = await fingerprint(self.target.conn, {name: name for name in self.base.schemas.values()})
-        return tuple(differences(mine, theirs))
+        return tuple(map(str, differences(mine, theirs)))
 
     def _references(self) -> list[ForeignKey]:
         """Foreign keys from moved tables to tables that are not moved."""
         moved = {r.ref for r in self._tenant_tables(self.base.source)}
         return [k for k in self.base.source.foreign_keys if k.child in moved and k.parent not in moved]
 
-    async def _parents_outside(self) -> frozenset[TableRef]:
+    async def _parents_outside(self) -> Mapping[TableRef, frozenset[str]]:
         """Of every tenant table, also of one that our role may not read."""
         moved = {r.ref for r in self.base.source.relations if self.base.is_tenant_table(r)}
         keys = [k for k in self.base.source.foreign_keys if k.child in moved and k.parent not in moved]
         parents = sorted({self.base.mapped(key.parent) for key in keys})
         return await catalog.existing_tables(self.target.conn, parents)
 
-    async def _missing_references(self, there: frozenset[TableRef]) -> tuple[Dangling, ...]:
+    async def _missing_references(self, there: Mapping[TableRef, frozenset[str]]) -> tuple[Dangling, ...]:
         found = []
         for key in self._references():
             parent = self.base.mapped(key.parent)
+            if parent in there and "SELECT" not in there[parent]:
+                continue  # refused by that name
             check = self._missing_in if parent in there else self._referenced
             count = await check(key)
             if count != 0:

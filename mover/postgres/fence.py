@@ -295,7 +295,9 @@ class PgFence:
         return sql.SQL(load("fence")[query]).format(**(names | triggers | constants | more))
 
     async def _guards(self, conn: Connection) -> dict[TableRef, bool]:
-        """The tables that carry our triggers, and whether all of them are there and always fire."""
+        """The tables that carry our triggers, and whether all of them are there and always fire.
+
+        A partitioned table comes before its partitions, whose row triggers go with it."""
         triggers = [f"mover_guard_{self.name}_{op}" for op in _DEFINITIONS]
         cursor = await conn.execute(load("fence")["guarded"], {"triggers": triggers})
         return {TableRef(schema, name): whole for schema, name, whole in await cursor.fetchall()}
@@ -308,6 +310,11 @@ class PgFence:
             tenant=sql.Literal(str(self._tenant)),
         )
         await self._under_lock_timeout(conn, statement, table, say)
+        names = {"schema": table.schema, "name": table.name}
+        for found in await (await conn.execute(load("fence")["partitions"], names)).fetchall():
+            partition = TableRef(*found)
+            named = sql.Identifier(partition.schema, partition.name)
+            await self._under_lock_timeout(conn, self._sql("guard_partition", table=named), partition, say)
 
     async def _unguard(self, conn: Connection, table: TableRef, say: Say) -> None:
         statement = self._sql("unguard_table", table=sql.Identifier(table.schema, table.name))

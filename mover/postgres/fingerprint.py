@@ -15,12 +15,15 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
+from mover.core.alignment import Difference
 from mover.core.ddl import rename_body, rename_schemas
 from mover.sql import load
 
 _PORTABLE = (
     "types",
     "relations",
+    "row_security",
+    "partitions",
     "columns",
     "constraints",
     "indexes",
@@ -30,7 +33,6 @@ _PORTABLE = (
     "functions",
 )
 _WORDS = ("words_functions", "words_views", "words_rules", "words_policies")
-_SHOWN_TEXT_CHARS = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,8 @@ async def fingerprint(conn: psycopg.AsyncConnection[Any], schemas: Mapping[str, 
     return Fingerprint(conn.info.server_version // 10000, lines, words)
 
 
-def differences(source: Fingerprint, target: Fingerprint) -> list[str]:
-    """What differs, for people, in a stable order."""
+def differences(source: Fingerprint, target: Fingerprint) -> list[Difference]:
+    """What differs, in a stable order."""
     found = _compared(source.lines, target.lines)
     if source.major == target.major:
         found += _compared(source.words, target.words)
@@ -71,22 +73,12 @@ def differences(source: Fingerprint, target: Fingerprint) -> list[str]:
     return found
 
 
-def _compared(source: Mapping[str, str], target: Mapping[str, str]) -> list[str]:
-    found = []
-    for key in sorted(source.keys() | target.keys()):
-        if key not in target:
-            found.append(f"{key} is missing on the target")
-        elif key not in source:
-            found.append(f"{key} is on the target only")
-        elif source[key] != target[key]:
-            found.append(f"{key} differs{_shown(source[key], target[key])}")
-    return found
-
-
-def _shown(source: str, target: str) -> str:
-    if max(len(source), len(target)) > _SHOWN_TEXT_CHARS:
-        return ""
-    return f": source has `{source}`, target has `{target}`"
+def _compared(source: Mapping[str, str], target: Mapping[str, str]) -> list[Difference]:
+    return [
+        Difference(key, source.get(key), target.get(key))
+        for key in sorted(source.keys() | target.keys())
+        if source.get(key) != target.get(key)
+    ]
 
 
 async def _described(

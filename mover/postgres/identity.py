@@ -38,7 +38,7 @@ _TURN_PAUSE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class IdentityNeed:
-    """A table whose changes must carry the tenant column and the key."""
+    """A table whose changes must carry the tenant column and the key; whole rows without a key."""
 
     table: TableRef
     tenant_column: str
@@ -73,6 +73,7 @@ async def _ensure(
     if recorded is None and relation.identity_covers(need.tenant_column):
         return
     candidate = relation.identity_candidate(need.tenant_column)
+    our_index = need.index_name if need.key and candidate is None else None
     async with conn.transaction():
         await _hold(conn, database)
         state = await _state(conn, need.table)
@@ -82,18 +83,17 @@ async def _ensure(
             need.table,
             old_identity=state["replica_identity"],
             old_index=state["identity_index"],
-            our_index=need.index_name if candidate is None else None,
+            our_index=our_index,
         )
         await _run(conn, "use", need.table, migration=migration)
     reach("identity.recorded")
     if relation.identity_covers(need.tenant_column):
         return
-    if candidate is None:
+    if our_index is not None:
         await _build(conn, need, say)
     reach("identity.built")
-    chosen = sql.SQL("USING INDEX {}").format(
-        sql.Identifier(candidate.name if candidate else need.index_name)
-    )
+    index = candidate.name if candidate else our_index
+    chosen = sql.SQL("USING INDEX {}").format(sql.Identifier(index)) if index else sql.SQL("FULL")
     await _alter(conn, database, need.table, chosen, say)
 
 
@@ -170,9 +170,10 @@ async def _release(
     await with_lock_timeout(conn, attempt, on_wait=_waiting(say, table))
 
 
-async def _restore(conn: Connection, table: TableRef) -> None:
+async def _restore(conn: Connection, recorded_as: TableRef) -> None:
     """Within one transaction: the old identity is back, our index is gone, the record too."""
-    recorded = await _one(conn, "recorded", table)
+    recorded = await _one(conn, "recorded", recorded_as)
+    table = await _carrier(conn, recorded_as, recorded)
     state = await _one(conn, "table_state", table, topic="catalog")
     if recorded is not None and state is not None:
         publications = await _all(conn, "our_publications", table)
@@ -187,7 +188,14 @@ async def _restore(conn: Connection, table: TableRef) -> None:
         if recorded["our_index"] is not None:
             index = sql.Identifier(table.schema, recorded["our_index"])
             await conn.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(index))
-    await _run(conn, "forget", table)
+    await _run(conn, "forget", recorded_as)
+
+
+async def _carrier(conn: Connection, recorded_as: TableRef, recorded: Row | None) -> TableRef:
+    """The table under the name that it has by now, if it carries an index of ours."""
+    index = recorded and recorded["our_index"]
+    found = await _one(conn, "carrier", recorded_as, index=index) if index else None
+    return TableRef(found["schema"], found["relation"]) if found else recorded_as
 
 
 def _old(recorded: Row, state: Row) -> sql.Composable:

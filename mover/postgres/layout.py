@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -59,9 +59,7 @@ def groups_of(net: NetTable) -> Groups:
 
 def stage_blocks(net: NetTable, groups: Groups) -> Iterator[bytes]:
     """What the net effect stages, as blocks of COPY text."""
-    lines = _stage_lines(net, groups)
-    while block := b"".join(islice(lines, ROWS_PER_BLOCK)):
-        yield block
+    return _blocks(_stage_lines(net, groups))
 
 
 def _stage_lines(net: NetTable, groups: Groups) -> Iterator[bytes]:
@@ -74,6 +72,16 @@ def _stage_lines(net: NetTable, groups: Groups) -> Iterator[bytes]:
         yield encode_row([insert, *row])
     for row in net.deletes.values():
         yield encode_row([delete, *(v if at in net.key_at else None for at, v in enumerate(row))])
+
+
+def row_blocks(rows: Iterable[Row]) -> Iterator[bytes]:
+    """Whole rows as blocks of COPY text."""
+    return _blocks(map(encode_row, rows))
+
+
+def _blocks(lines: Iterator[bytes]) -> Iterator[bytes]:
+    while block := b"".join(islice(lines, ROWS_PER_BLOCK)):
+        yield block
 
 
 def touched(layout: Layout, net: NetTable) -> set[Key]:

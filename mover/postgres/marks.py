@@ -19,9 +19,8 @@ EMIT_MARK = "SELECT pg_logical_emit_message(true, 'mover.mark', %s)"
 
 
 def parse_truncated(content: bytes) -> Truncated | None:
-    """The content that the guard's TRUNCATE trigger writes, a JSON array of schema and table; or None,
-
-    since any role may write messages."""
+    """The content that the guard's TRUNCATE trigger writes, a JSON array of schema and table, and of the
+    partition's schema and name if it was one; or None, since any role may write messages."""
     try:
         names = json.loads(content)
     except (ValueError, RecursionError):
@@ -29,4 +28,6 @@ def parse_truncated(content: bytes) -> Truncated | None:
     match names:
         case [str(schema), str(table)]:
             return Truncated(TableRef(schema, table))
+        case [str(schema), str(table), str(partition_schema), str(partition)]:
+            return Truncated(TableRef(schema, table), TableRef(partition_schema, partition))
     return None

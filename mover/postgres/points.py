@@ -16,6 +16,7 @@ from mover.core.ids import Lsn, Side, TenantId
 from mover.core.snapshot import Snapshot
 from mover.core.tables import MovedTable
 from mover.postgres import ranges
+from mover.postgres.align import read_stamp
 from mover.postgres.connect import Database
 from mover.postgres.errors import translate
 from mover.postgres.marks import EMIT_MARK
@@ -77,11 +78,9 @@ class Points:
             await self._conn.execute(EMIT_MARK, (token,))
         return token
 
-    async def schema_stamp(self, schemas: Collection[str]) -> str:
+    async def schema_stamp(self, schemas: Collection[str], tenant_column: str) -> str:
         with translate(self._database.label):
-            row = await (await self._conn.execute(_SCHEMA_STAMP, (list(schemas),))).fetchone()
-        assert row is not None
-        return str(row[0])
+            return await read_stamp(self._conn, schemas, tenant_column)
 
     async def wal_lsn(self) -> Lsn:
         with translate(self._database.label):
@@ -99,14 +98,3 @@ def _rows_query(table: MovedTable, tenant: TenantId, keys: Collection[Key]) -> s
         sql.Literal(str(tenant)),
         ranges.in_keys(table, "t", keys, Side.SOURCE),
     )
-
-
-_SCHEMA_STAMP = """
-SELECT md5(coalesce(string_agg(line, chr(10) ORDER BY line), '')) FROM (
-    SELECT concat_ws(' ', c.oid, c.relname, c.relkind, a.attnum, a.attname, a.atttypid, a.atttypmod,
-                     a.attnotnull, a.atthasdef, a.attisdropped) AS line
-      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-      JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0
-     WHERE n.nspname = ANY (%s) AND c.relkind IN ('r', 'p', 'f')
-) AS lines
-"""

@@ -13,7 +13,7 @@ import psycopg
 from psycopg import sql
 
 from mover.core.errors import LockNotAvailable, SlotLost
-from mover.core.ids import Lsn, MigrationId, TenantId
+from mover.core.ids import Lsn, MigrationId, TableRef, TenantId
 from mover.core.snapshot import Snapshot
 from mover.core.tables import MovedTable
 from mover.postgres import owner
@@ -33,30 +33,38 @@ def name_of(migration: MigrationId) -> str:
 async def create_publication(
     database: Database, migration: MigrationId, tables: Sequence[MovedTable], tenant: TenantId, say: Say
 ) -> None:
-    """Publish the tenant's rows of `tables`; nothing happens if the publication is there.
+    """Publish the tenant's rows of `tables`; those that are published already are left alone.
 
+    A table that comes later must be copied from a point after `create_slot` has returned once more.
     Locks: SHARE UPDATE EXCLUSIVE on each table, under a lock timeout: writers are not blocked."""
     name = name_of(migration)
-    parts = [
-        sql.SQL("{} WHERE ({} = {})").format(
-            sql.Identifier(t.source.schema, t.source.name),
-            sql.Identifier(t.tenant_column),
-            sql.Literal(str(tenant)),
-        )
-        for t in tables
-    ]
-    # TRUNCATE ignores row filters and would be every tenant's: a trigger tells of it instead.
-    statement = sql.SQL(
-        "CREATE PUBLICATION {} FOR TABLE {} WITH (publish = 'insert, update, delete')"
-    ).format(sql.Identifier(name), sql.SQL(", ").join(parts))
     async with database.connect("publication") as conn:
 
         async def attempt() -> None:
             cursor = await conn.execute("SELECT 1 FROM pg_publication WHERE pubname = %s", (name,))
-            if await cursor.fetchone() is None:
-                await conn.execute(statement)
+            is_new = await cursor.fetchone() is None
+            published = {TableRef(*row) for row in await (await conn.execute(_PUBLISHED, (name,))).fetchall()}
+            if missing := [table for table in tables if table.source not in published]:
+                # TRUNCATE ignores row filters and would be every tenant's: a trigger tells of it instead.
+                # A partition's rows are its root's: the two sides need not store a row in the same partition.
+                statement = sql.SQL(
+                    "CREATE PUBLICATION {} FOR TABLE {}"
+                    " WITH (publish = 'insert, update, delete', publish_via_partition_root = true)"
+                    if is_new
+                    else "ALTER PUBLICATION {} ADD TABLE {}"
+                )
+                parts = sql.SQL(", ").join(_filtered(table, tenant) for table in missing)
+                await conn.execute(statement.format(sql.Identifier(name), parts))
 
         await with_lock_timeout(conn, attempt, on_wait=_waiting(say))
+
+
+def _filtered(table: MovedTable, tenant: TenantId) -> sql.Composed:
+    return sql.SQL("{} WHERE ({} = {})").format(
+        sql.Identifier(table.source.schema, table.source.name),
+        sql.Identifier(table.tenant_column),
+        sql.Literal(str(tenant)),
+    )
 
 
 async def drop_publication(database: Database, migration: MigrationId, say: Say) -> None:
@@ -155,6 +163,14 @@ async def _writers(conn: psycopg.AsyncConnection[tuple[object, ...]]) -> str:
 
 
 _CREATE_SLOT = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
+_PUBLISHED = """
+SELECT n.nspname, c.relname
+  FROM pg_publication p
+  JOIN pg_publication_rel r ON r.prpubid = p.oid
+  JOIN pg_class c ON c.oid = r.prrelid
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE p.pubname = %s
+"""
 _SLOT_LSN = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s"
 _SLOT_READER = "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s"
 _XID_STATUS = "SELECT pg_xact_status(%s::xid8)"

@@ -32,13 +32,16 @@ async def remove_rows(
     identity: Identity,
     say: Say,
 ) -> int:
-    """Delete the tenant's rows of `tables` (each with its tenant column, parents first), children first."""
+    """Delete the tenant's rows of `tables` (each with its tenant column, parents first), children first.
+
+    A partitioned table is emptied partition by partition: a row's place is its own in its partition only."""
     removed = 0
     async with _connection(database, tenant) as conn:
         for table, column in reversed(tables):
             count = 0
-            while batch := await _one_batch(conn, table, column, tenant, identity):
-                count += batch
+            for part in await _parts(conn, table):
+                while batch := await _one_batch(conn, part, column, tenant, identity):
+                    count += batch
             if count:
                 await say(f"removed {count} rows from {table} on the {database.label}")
             removed += count
@@ -52,6 +55,13 @@ async def _connection(
     settings = {"session_replication_role": "replica", "mover.tenant": str(tenant), "lock_timeout": "5s"}
     async with database.connect("removal", **settings) as conn:
         yield conn
+
+
+async def _parts(conn: psycopg.AsyncConnection[tuple[Any, ...]], table: TableRef) -> list[TableRef]:
+    """The tables that store the rows of `table`: its partitions, or itself."""
+    name = sql.Identifier(table.schema, table.name).as_string(None)
+    cursor = await conn.execute(_PARTS, {"table": name})
+    return [TableRef(*found) for found in await cursor.fetchall()]
 
 
 async def _one_batch(
@@ -80,3 +90,10 @@ async def _one_batch(
     if cursor.rowcount == BATCH_ROWS:
         await asyncio.sleep((loop.time() - started) * REST_SHARE)
     return cursor.rowcount
+
+
+_PARTS = """
+SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind = 'r' AND coalesce(pg_partition_root(c.oid), c.oid) = %(table)s::regclass
+ ORDER BY 1, 2
+"""

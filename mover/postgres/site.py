@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import functools
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
+from mover.core.alignment import Difference, check_keys, judge_differences, operator_needed
 from mover.core.crash import reach
-from mover.core.errors import NotReady, SchemaChanged, Unreachable, Where
+from mover.core.errors import NotReady, PlanOutdated, SchemaChanged, Unreachable, Where
 from mover.core.facts import Tenancy
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.migration import Place
 from mover.core.tables import MovedTable, Plan, Shape
-from mover.engine.preflight import judge
-from mover.engine.site import Link, Say
-from mover.postgres import agent, catalog, clone, fingerprint, identity, publication
+from mover.engine.preflight import judge, judge_again
+from mover.engine.site import Aligned, Link, Say
+from mover.postgres import agent, align, clone, identity, publication
+from mover.postgres.align import Look
 from mover.postgres.bulk import BulkCopier
 from mover.postgres.connect import Database, Identity
 from mover.postgres.digests import open_readers
@@ -95,11 +98,45 @@ class PgSite:
         if shape.fresh:
             self._cloned = await self._ddl(shape)
             await clone.apply_pre(self.target, self._cloned, self.identity.migration)
-        else:
-            await self._compare_schemas(shape)
+
+    async def schema_stamp(self) -> str:
+        async with self.source.connect("compare") as conn:
+            return await align.read_stamp(conn, self.source_place.schemas, self.tenancy.column)
+
+    async def align(self, shape: Shape, say: Say, *, is_built: bool) -> Aligned:
+        look = await self._look(shape)
+        while changes := self._to_follow(look, shape, is_built=is_built):
+            await align.follow(self.target, self.identity, changes, say)
+            look = await self._look(shape)
+        return Aligned(self._planned_again(look, shape), look.stamp, look.unfilled, look.storage)
 
     async def check_schemas(self, shape: Shape) -> None:
-        await self._compare_schemas(shape)
+        look = await self._look(shape)
+        if self._to_follow(look, shape, is_built=True) or self._planned_again(look, shape) != shape:
+            raise PlanOutdated("the source's schemas have changed since the migration was planned")
+
+    async def _look(self, shape: Shape) -> Look:
+        return await align.look(self.source, self.target, shape.schemas, self.tenancy, self.tenant)
+
+    def _to_follow(self, look: Look, shape: Shape, *, is_built: bool) -> tuple[Difference, ...]:
+        """Raises SchemaChanged where the target cannot follow by itself."""
+        verdict = judge_differences(look.differences, shape, look.unfilled, is_built=is_built)
+        if verdict.stop:
+            raise operator_needed(verdict.stop, shape, self.tenant)
+        return verdict.follow
+
+    def _planned_again(self, look: Look, shape: Shape) -> Shape:
+        """Raises SchemaChanged where a migration that has begun cannot go on so."""
+        now, refusals = judge_again(look.facts, shape)
+        for refusal in refusals:
+            raise SchemaChanged(refusal.message, where=Where(self.tenant, refusal.table), hint=refusal.hint)
+        check_keys(shape, now, self.tenant)
+        return now
+
+    async def forget_copies(self, tables: Collection[TableRef], say: Say) -> None:
+        there = [t for t in await self._tenant_tables() if self._on_source(t) in tables]
+        await self._remove_target_rows(there, say)
+        await align.forget_chunks(self.target, self.identity, tables)
 
     async def build_keys(self, shape: Shape, tables: Sequence[MovedTable]) -> None:
         if shape.fresh and tables:
@@ -111,7 +148,6 @@ class PgSite:
             ddl = await self._ddl(shape)
             await clone.build_keys(self.target, ddl, set(ddl.keys))
             await clone.build_rest(self.target, ddl, workers=self.workers)
-        await self._compare_schemas(shape)
 
     async def identify_rows(self, shape: Shape, say: Say) -> None:
         needs = [IdentityNeed(t.source, t.tenant_column, t.key) for t in shape.tables]
@@ -150,6 +186,9 @@ class PgSite:
                 copier=BulkCopier(self.source, self.target, shape, self.tenant, self.identity),
                 source_readers=await stack.enter_async_context(open_readers(self.source, Side.SOURCE)),
                 target_readers=await stack.enter_async_context(open_readers(self.target, Side.TARGET)),
+                schema_stamp=functools.partial(
+                    points.schema_stamp, self.source_place.schemas, self.tenancy.column
+                ),
             )
 
     async def slot_health(self) -> tuple[int, str] | None:
@@ -182,10 +221,8 @@ class PgSite:
             self.target, schemas, self.identity.migration, self.tenancy.column, self.tenant
         ):
             return
-        async with self.target.connect("undo") as conn:
-            there = await catalog.existing_tables(conn, [t.target for t in shape.tables])
-        tables = [(table, column) for table, column in _tables(shape, Side.TARGET) if table in there]
-        await remove_rows(self.target, tables, self.tenant, self.identity, say)
+        # Not only the planned ones: an operator may have renamed one to follow the source.
+        await self._remove_target_rows(await self._tenant_tables(), say)
 
     async def remove_source_rows(self, shape: Shape, say: Say) -> None:
         await remove_rows(self.source, _tables(shape, Side.SOURCE), self.tenant, self.identity, say)
@@ -211,26 +248,22 @@ class PgSite:
     async def _ddl(self, shape: Shape) -> clone.ClonedDdl:
         return await clone.read_ddl(self.source, self.target, shape.schemas)
 
-    async def _compare_schemas(self, shape: Shape) -> None:
-        """Raises SchemaChanged when the two sides' schemas are not the same."""
-        async with self.source.connect("compare") as ours, self.target.connect("compare") as theirs:
-            source = await fingerprint.fingerprint(ours, shape.schemas)
-            target = await fingerprint.fingerprint(theirs, {s: s for s in shape.schemas.values()})
-            cursor = await ours.execute(_TENANT_TABLES, (self.tenancy.column, list(shape.schemas)))
-            tables = {TableRef(schema, name) for schema, name in await cursor.fetchall()}
-        if found := fingerprint.differences(source, target):
-            raise SchemaChanged(
-                f"the target's schemas differ from the source's: {'; '.join(found[:5])}",
-                hint="Align the target and resume, or cancel the migration.",
-            )
+    async def _tenant_tables(self) -> list[TableRef]:
+        """The target's tables in which we may have put rows of the tenant."""
+        parameters = (self.tenancy.column, list(self.target_place.schemas))
+        async with self.target.connect("undo") as conn:
+            found = await (await conn.execute(_TENANT_TABLES, parameters)).fetchall()
         exempt = self.tenancy.reference_tables | self.tenancy.ignore_tables
-        planned = {table.source for table in shape.tables}
-        if added := sorted(t for t in tables - planned if str(t) not in exempt):
-            raise SchemaChanged(
-                f"tables with the tenant's rows were added since the plan: {', '.join(map(str, added))}",
-                where=Where(self.tenant, added[0]),
-                hint="Cancel the migration and start it again, so that they move, too.",
-            )
+        tables = [TableRef(schema, name) for schema, name in found]
+        return [t for t in tables if exempt.isdisjoint({str(t), str(self._on_source(t))})]
+
+    def _on_source(self, table: TableRef) -> TableRef:
+        schemas = dict(zip(self.target_place.schemas, self.source_place.schemas, strict=True))
+        return TableRef(schemas[table.schema], table.name)
+
+    async def _remove_target_rows(self, tables: Sequence[TableRef], say: Say) -> None:
+        named = [(table, self.tenancy.column) for table in tables]
+        await remove_rows(self.target, named, self.tenant, self.identity, say)
 
 
 @asynccontextmanager
@@ -253,5 +286,5 @@ SELECT s.system_identifier || '/' || c.timeline_id FROM pg_control_system() s, p
 _TENANT_TABLES = """
 SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
   JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = %s AND NOT a.attisdropped
- WHERE n.nspname = ANY (%s) AND c.relkind IN ('r', 'p')
+ WHERE n.nspname = ANY (%s) AND c.relkind IN ('r', 'p') AND NOT c.relispartition
 """

@@ -13,20 +13,21 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import psycopg
+from psycopg import sql
 
-from mover.core.changes import Change, Delete, Insert, Relation, Row, RowChange, Update
-from mover.core.compaction import NeedsOrder, NetTable, compact, parts
+from mover.core.changes import Change, Delete, Insert, Relation, Row, RowChange, Truncated, Update
+from mover.core.compaction import NeedsOrder, NetRows, NetTable, compact, net_rows, parts
 from mover.core.copying import CopiedRanges, Key
-from mover.core.errors import ApplyConflict, SchemaChanged, Where
+from mover.core.errors import ApplyConflict, PlanOutdated, SchemaChanged, Where
 from mover.core.ids import Lsn, TableRef, TenantId
 from mover.core.presence import Missing, keys_of, on_target
 from mover.core.snapshot import Snapshot
-from mover.core.tables import Shape
+from mover.core.tables import MovedTable, Shape
 from mover.ports import ConsistentPoint
 from mover.postgres import owner
 from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
-from mover.postgres.layout import Layout, groups_of, stage_blocks, touched
+from mover.postgres.layout import Layout, groups_of, row_blocks, stage_blocks, touched
 from mover.postgres.merge import Merge
 
 # Up to here single statements in one network turn are quicker than staging.
@@ -48,8 +49,10 @@ class Writer:
         self._database, self._identity, self._conn = database, identity, conn
         self.tenant = tenant
         self._tenant_text = str(tenant).encode()
+        self._schemas = shape.schemas
         self._merges = {t.source: Merge(t, n, tenant) for n, t in enumerate(shape.tables)}
         self.moves_by_copy = {ref for ref, merge in self._merges.items() if merge.moves_by_copy}
+        self.keyless = frozenset(t.source for t in shape.tables if not t.key)
         self._layouts: dict[int, Layout] = {}
         self._copied: Mapping[TableRef, CopiedRanges] = {}
         self._dirty: dict[TableRef, set[Key]] | None = None
@@ -70,7 +73,8 @@ class Writer:
         async with database.connect("apply", **settings) as conn:
             writer = cls(database, shape, tenant, identity, conn)
             for merge in writer._merges.values():
-                await conn.execute(merge.create_stage)
+                if merge.can_stage:
+                    await conn.execute(merge.create_stage)
             yield writer
 
     @asynccontextmanager
@@ -100,24 +104,34 @@ class Writer:
             return None
         return {table: frozenset(keys) for table, keys in self._dirty.items()}
 
+    def mapped(self, table: TableRef) -> TableRef:
+        """The target's name of a table of the moved schemas."""
+        return TableRef(self._schemas.get(table.schema, table.schema), table.name)
+
     def merge(self, table: TableRef) -> Merge:
         return self._merges[table]
 
     def layout(self, relation: Relation) -> Layout:
-        """How the stream's rows of `relation` map to the planned table. Raises SchemaChanged."""
+        """How the stream's rows of `relation` map to the planned table. Raises SchemaChanged.
+
+        A column that the target has followed is not there yet in what was written before it came."""
         found = self._layouts.get(relation.oid)
         if found is None or found.relation is not relation:
             merge = self._merges.get(relation.table)
-            names = sorted(c.name for c in relation.columns)
             if (
                 merge is None
-                or names != sorted(c.name for c in merge.table.copied)
-                or (found is not None and _types(found.relation) != _types(relation))
+                or not _fits(relation, merge.table)
+                or (found is not None and _has_other_types(relation, found.relation))
             ):
-                raise SchemaChanged(
+                raise PlanOutdated(
                     f"{relation.table} has other columns now than when the migration was planned",
                     where=Where(table=relation.table),
-                    hint="Align the target's table and cancel the migration, then start it again.",
+                )
+            if relation.table in self.keyless and relation.identity != "f":
+                raise SchemaChanged(
+                    f"{relation.table} has no key, and its replica identity is not FULL any more",
+                    where=Where(table=relation.table),
+                    hint=f"ALTER TABLE {relation.table} REPLICA IDENTITY FULL; cancel and start again.",
                 )
             found = self._layouts[relation.oid] = Layout(relation, merge)
         return found
@@ -134,8 +148,12 @@ class Writer:
         for change in changes:
             if change.relation is not relation:
                 relation = change.relation
-                tenant_at = self.layout(relation).tenant_at
+                # Only then the stream's description has to fit the plan: what came before a table is
+                # copied anew may describe it as it was.
                 is_here = not self.copied(relation.table).nothing
+                tenant_at = self.layout(relation).tenant_at if is_here else None
+            if tenant_at is None:
+                continue
             row = change.old if isinstance(change, Delete) else change.new
             if row[tenant_at] != self._tenant_text:
                 raise ApplyConflict(
@@ -143,8 +161,7 @@ class Writer:
                     where=Where(table=relation.table),
                     hint="Look for other publications or a changed row filter on the source.",
                 )
-            if is_here:
-                wanted.append(change)
+            wanted.append(change)
         return wanted
 
     @property
@@ -183,10 +200,10 @@ class Transaction:
 
     async def apply(self, changes: Sequence[Change]) -> None:
         for part in parts(changes):
-            if isinstance(part, TableRef):
+            if isinstance(part, Truncated):
                 await self._truncate(part)
             else:
-                await self._apply_rows(self._writer.wanted(part))
+                await self._apply_rows(await self._without_keyless(self._writer.wanted(part)))
 
     @property
     def is_missing_rows(self) -> bool:
@@ -201,12 +218,58 @@ class Transaction:
                     await copy.write(block)
         self._missing.clear()
 
-    async def _truncate(self, table: TableRef) -> None:
+    async def _truncate(self, truncated: Truncated) -> None:
+        table = truncated.table
         if self._writer.copied(table).nothing:
             return
         self._writer.touch_everything()
+        if truncated.partition is not None:
+            return await self._truncate_partition(table, truncated.partition)
         self._missing.pop(table, None)
         await self._conn.execute(self._writer.merge(table).delete_all)
+
+    async def _truncate_partition(self, table: TableRef, partition: TableRef) -> None:
+        """The tenant's rows of the target's partition of that name, which takes the same rows while the two
+        sides' schemas are the same; rows that stood elsewhere on the source are found by verification."""
+        merge = self._writer.merge(table)
+        there = self._writer.mapped(partition)
+        names = {"partition": _quoted(there), "table": _quoted(merge.table.target)}
+        row = await (await self._conn.execute(_IS_PARTITION, names)).fetchone()
+        if row is None or not row[0]:
+            raise SchemaChanged(
+                f"{partition} was truncated on the source, and is no partition of {table} on the target",
+                where=Where(table=table),
+                hint="Create the partition on the target and resume, or cancel and start again.",
+            )
+        await self._conn.execute(merge.delete_partition(there))
+
+    async def _without_keyless(self, changes: list[RowChange]) -> list[RowChange]:
+        """Applies those of tables without a key, whose net effect is always known: the others."""
+        keyless = self._writer.keyless
+        if not keyless:
+            return changes
+        for net in net_rows(change for change in changes if change.relation.table in keyless):
+            await self._merge_rows(net)
+        return [change for change in changes if change.relation.table not in keyless]
+
+    async def _merge_rows(self, net: NetRows) -> None:
+        layout = self._writer.layout(net.relation)
+        merge = layout.merge
+        self._writer.touch(net.relation.table, [()])
+        async with self._conn.cursor() as cursor:
+            if net.deletes:
+                await self._copy_lines(merge.copy_lines(layout.names, staged=True), net.deletes)
+                await cursor.execute(merge.delete_equal_staged)
+                if cursor.rowcount != len(net.deletes):
+                    raise _no_row(net.relation.table)
+                await cursor.execute(merge.clear_stage)
+            if net.inserts:
+                await self._copy_lines(merge.copy_lines(layout.names, staged=False), net.inserts)
+
+    async def _copy_lines(self, statement: sql.Composed, rows: list[Row]) -> None:
+        async with self._conn.cursor() as cursor, cursor.copy(statement) as copy:
+            for block in row_blocks(rows):
+                await copy.write(block)
 
     async def _apply_rows(self, changes: list[RowChange]) -> None:
         """As sets where that is quicker and possible, otherwise in source order."""
@@ -249,6 +312,8 @@ class Transaction:
         """False when the batch has to be replayed in source order; then nothing has happened."""
         try:
             net = compact(changes, lambda relation: self._writer.layout(relation).key_at)
+            if not all(self._writer.merge(table).can_stage for table in net):
+                return False
             async with self._conn.transaction():  # a savepoint
                 for table in net.values():
                     await self._merge(table)
@@ -296,11 +361,7 @@ class Transaction:
                     sent.append((change.relation.table, cursor))
         for table, cursor in sent:
             if cursor.rowcount != 1:
-                raise ApplyConflict(
-                    f"a change of {table} found no row of the tenant on the target",
-                    where=Where(table=table),
-                    hint="Somebody wrote to the tenant's rows on the target; cancel and start again.",
-                )
+                raise _no_row(table)
 
     def _statement(self, change: RowChange) -> tuple[bytes | None, Sequence[str | None]]:
         layout = self._writer.layout(change.relation)
@@ -324,6 +385,14 @@ class _Mismatch(Exception):
     """A set statement did not touch as many rows as were staged."""
 
 
+def _no_row(table: TableRef) -> ApplyConflict:
+    return ApplyConflict(
+        f"a change of {table} found no row of the tenant on the target",
+        where=Where(table=table),
+        hint="Somebody wrote to the tenant's rows on the target; cancel and start again.",
+    )
+
+
 def _turns(changes: list[RowChange]) -> Iterator[list[RowChange]]:
     """The changes cut so that a turn's statements stay small enough to be sent at once."""
     turn: list[RowChange] = []
@@ -339,11 +408,26 @@ def _turns(changes: list[RowChange]) -> Iterator[list[RowChange]]:
         yield turn
 
 
-def _types(relation: Relation) -> list[tuple[str, int, int]]:
-    return sorted((c.name, c.type_oid, c.type_modifier) for c in relation.columns)
+def _quoted(table: TableRef) -> str:
+    return sql.Identifier(table.schema, table.name).as_string(None)
+
+
+def _fits(relation: Relation, table: MovedTable) -> bool:
+    """Whether all its columns are planned, and those that it lacks may be NULL."""
+    names = {c.name for c in relation.columns}
+    return names <= {c.name for c in table.copied} and all(
+        c.name in names or not (c.not_null or c.name in table.key) for c in table.copied
+    )
+
+
+def _has_other_types(relation: Relation, before: Relation) -> bool:
+    """In a column that both have."""
+    known = {c.name: (c.type_oid, c.type_modifier) for c in before.columns}
+    return any((c.type_oid, c.type_modifier) != known[c.name] for c in relation.columns if c.name in known)
 
 
 _NOTHING = CopiedRanges(())
+_IS_PARTITION = "SELECT pg_partition_root(to_regclass(%(partition)s)) = to_regclass(%(table)s)"
 _READ_PROGRESS = "SELECT applied_lsn::text, snapshot FROM mover.progress WHERE migration = %s"
 # Never moves backwards: a replayed batch leaves the row as it was.
 _ADVANCE = """

@@ -61,12 +61,30 @@ SELECT n.nspname::text AS name, obj_description(n.oid, 'pg_namespace') AS commen
   FROM pg_namespace n
  WHERE n.nspname = ANY(%(schemas)s);
 
+-- name: closed_schemas
+-- Those in which our role may not create an index.
+SELECT n.nspname::text AS name
+  FROM pg_namespace n
+ WHERE n.nspname = ANY(%(schemas)s) AND NOT has_schema_privilege(n.oid, 'CREATE');
+
 -- name: relations
--- Tables and views of the schemas, but for members of extensions.
+-- Tables and views of the schemas, but for members of extensions; a partition with its root, a root with
+-- its partitions, whatever their schemas.
+WITH partitions AS (
+  SELECT p.oid, r.oid AS root, jsonb_build_array(pn.nspname, p.relname) AS name,
+         jsonb_build_array(rn.nspname, r.relname) AS root_name
+    FROM pg_class p
+    JOIN pg_namespace pn ON pn.oid = p.relnamespace
+    JOIN pg_class r ON r.oid = pg_partition_root(p.oid)
+    JOIN pg_namespace rn ON rn.oid = r.relnamespace
+   WHERE p.relispartition AND p.relkind IN ('r', 'p', 'f')
+)
 SELECT c.oid::bigint AS oid, n.nspname::text AS schema, c.relname::text AS name, c.relkind::text AS kind,
        c.relpersistence::text AS persistence,
-       c.relispartition OR EXISTS (SELECT FROM pg_inherits i WHERE c.oid IN (i.inhrelid, i.inhparent))
-         AS inherits,
+       NOT c.relispartition AND c.relkind <> 'p'
+         AND EXISTS (SELECT FROM pg_inherits i WHERE c.oid IN (i.inhrelid, i.inhparent)) AS inherits,
+       (SELECT p.root_name FROM partitions p WHERE p.oid = c.oid) AS root,
+       (SELECT jsonb_agg(p.name ORDER BY p.name) FROM partitions p WHERE p.root = c.oid) AS partitions,
        row_security_active(c.oid) AS row_security, c.relforcerowsecurity AS row_security_forced,
        pg_get_userbyid(c.relowner)::text AS owner, pg_has_role(c.relowner, 'USAGE') AS owned,
        ARRAY(SELECT p FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) p
@@ -109,13 +127,13 @@ SELECT i.indrelid::bigint AS relation, c.relname::text AS name, i.indisprimary A
  ORDER BY i.indrelid, NOT i.indisprimary, c.relname;
 
 -- name: triggers
--- The application's triggers; bit 8 of tgtype is DELETE.
+-- The application's triggers, but for those that partitions have from their root; bit 8 of tgtype is DELETE.
 SELECT t.tgrelid::bigint AS relation, t.tgname::text AS name, t.tgtype & 8 <> 0 AS on_delete,
        t.tgenabled::text AS enabled
   FROM pg_trigger t
   JOIN pg_proc p ON p.oid = t.tgfoid
   JOIN pg_namespace n ON n.oid = p.pronamespace
- WHERE t.tgrelid = ANY(%(relations)s) AND NOT t.tgisinternal
+ WHERE t.tgrelid = ANY(%(relations)s) AND NOT t.tgisinternal AND t.tgparentid = 0
    AND NOT starts_with(t.tgname, 'mover_') AND n.nspname <> 'mover'
  ORDER BY t.tgname;
 
@@ -245,26 +263,39 @@ SELECT p.oid::regprocedure::text AS name, p.prosrc AS body
  ORDER BY 1;
 
 -- name: existing_tables
--- Which of the named tables are there.
-SELECT n.nspname::text AS schema, c.relname::text AS name
+-- Which of the named tables are there, and what our role may do with them.
+SELECT n.nspname::text AS schema, c.relname::text AS name,
+       ARRAY(SELECT p FROM unnest('{SELECT,REFERENCES}'::text[]) AS p
+              WHERE has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, p)) AS privileges
   FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted(schema, name)
   JOIN pg_namespace n ON n.nspname = wanted.schema
   JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name AND c.relkind IN ('r', 'p', 'f');
 
 -- name: table_size
 -- The estimated number of rows of a table, its bytes, and the share of rows with this value in a column:
--- from the most common values, else from the number of distinct ones; NULL when never analysed.
-SELECT greatest(c.reltuples, 0)::float AS tuples, pg_table_size(c.oid)::bigint AS bytes,
-       coalesce(
-         (SELECT f.freq FROM unnest(s.most_common_vals::text::text[], s.most_common_freqs) AS f(val, freq)
-           WHERE f.val = %(value)s),
-         CASE WHEN s.n_distinct > 0 THEN 1 / s.n_distinct
-              WHEN s.n_distinct < 0 AND c.reltuples > 0 THEN 1 / (-s.n_distinct * c.reltuples) END)::float
-         AS share
-  FROM pg_class c
-  JOIN pg_namespace n ON n.oid = c.relnamespace
-  LEFT JOIN pg_stats s ON s.schemaname = n.nspname AND s.tablename = c.relname AND s.attname = %(column)s
- WHERE n.nspname = %(schema)s AND c.relname = %(name)s;
+-- from the most common values, else from the number of distinct ones; NULL when never analysed. Those of a
+-- partitioned table are its partitions'.
+WITH whole AS (
+  SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+   WHERE n.nspname = %(schema)s AND c.relname = %(name)s
+), parts AS (
+  SELECT greatest(c.reltuples, 0)::float AS tuples, pg_table_size(c.oid)::bigint AS bytes,
+         coalesce(
+           (SELECT f.freq FROM unnest(s.most_common_vals::text::text[], s.most_common_freqs) AS f(val, freq)
+             WHERE f.val = %(value)s),
+           CASE WHEN s.n_distinct > 0 THEN 1 / s.n_distinct
+                WHEN s.n_distinct < 0 AND c.reltuples > 0 THEN 1 / (-s.n_distinct * c.reltuples) END)::float
+           AS share
+    FROM whole
+    JOIN pg_class c ON c.relkind IN ('r', 'f')
+                   AND (c.oid = whole.oid OR c.relispartition AND pg_partition_root(c.oid) = whole.oid)
+    JOIN pg_namespace n ON n.oid = c.relnamespace
+    LEFT JOIN pg_stats s ON s.schemaname = n.nspname AND s.tablename = c.relname AND s.attname = %(column)s
+                        AND NOT s.inherited
+)
+SELECT coalesce(sum(tuples), 0)::float AS tuples, coalesce(sum(bytes), 0)::bigint AS bytes,
+       sum(tuples * share) / nullif(sum(tuples) FILTER (WHERE share IS NOT NULL), 0) AS share
+  FROM parts;
 
 -- name: table_state
 -- One table's replica identity and, by name, whether each of its indexes is valid.

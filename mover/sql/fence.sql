@@ -61,6 +61,8 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $truncate$
 DECLARE
     state bigint;
+    root regclass := pg_partition_root(TG_RELID);
+    truncated jsonb := jsonb_build_array(TG_TABLE_SCHEMA, TG_TABLE_NAME);
 BEGIN
     IF NOT pg_try_advisory_xact_lock_shared({key}) THEN
         RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'tenant {tenant} is being moved',
@@ -68,8 +70,11 @@ BEGIN
     END IF;
     SELECT last_value INTO state FROM mover.{state_sequence};
     IF state = 1 THEN
-        PERFORM pg_logical_emit_message(true, 'mover.truncate',
-            jsonb_build_array(TG_TABLE_SCHEMA, TG_TABLE_NAME)::text);
+        IF root <> TG_RELID THEN  -- the table first, then which of its partitions
+            SELECT jsonb_build_array(n.nspname, c.relname) || truncated INTO truncated
+              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = root;
+        END IF;
+        PERFORM pg_logical_emit_message(true, 'mover.truncate', truncated::text);
     ELSIF state <> 4 THEN
         RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'tenant {tenant} is being moved',
             HINT = 'Retry the transaction.';
@@ -83,6 +88,7 @@ $truncate$;
 -- ENABLE ALWAYS: session_replication_role = replica must not pass. The mover's own sessions are told apart
 -- in WHEN, so that no event is queued for the rows they load. Locks: SHARE ROW EXCLUSIVE on the table,
 -- under our lock timeout. Repeatable; the caller asks the catalog first, so as not to take the lock.
+-- A partitioned table's row triggers stand on its partitions as well, those that come later included.
 CREATE OR REPLACE TRIGGER {insert_trigger} AFTER INSERT ON {table} FOR EACH ROW
     WHEN (NEW.{column} = {tenant} AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant})
     EXECUTE FUNCTION mover.{guard_function}();
@@ -100,16 +106,40 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER {update_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {delete_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {truncate_trigger};
 
+-- name: guard_partition
+-- A statement trigger fires for the named table only: whoever truncates a partition names just that.
+-- Locks: SHARE ROW EXCLUSIVE on the partition, under our lock timeout; repeatable.
+CREATE OR REPLACE TRIGGER {truncate_trigger} AFTER TRUNCATE ON {table} FOR EACH STATEMENT
+    EXECUTE FUNCTION mover.{truncate_function}();
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {truncate_trigger};
+
+-- name: partitions
+-- A partitioned table's partitions on all levels. Reads only; locks none of them.
+SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relispartition AND c.relkind IN ('r', 'p')
+   AND pg_partition_root(c.oid) = format('%%I.%%I', %(schema)s::text, %(name)s::text)::regclass
+ ORDER BY 1, 2
+
 -- name: guarded
--- The tables that carry triggers of this place, and whether all are there and always fire. Reads only.
-SELECT n.nspname, c.relname, count(*) = 4 AND bool_and(t.tgenabled = 'A')
-  FROM pg_trigger t
-  JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE t.tgname = ANY (%(triggers)s) AND t.tgparentid = 0
- GROUP BY n.nspname, c.relname
+-- The tables that carry triggers of this place, a partitioned one before its partitions, and whether all are
+-- there and always fire, on each of its partitions, too. Reads only; locks none of them.
+WITH parts AS (
+    SELECT c.oid, coalesce(pg_partition_root(c.oid), c.oid) AS root
+      FROM pg_class c WHERE c.relkind IN ('r', 'p')
+), found AS (
+    SELECT t.tgrelid, count(*) = 4 AND bool_and(t.tgenabled = 'A') AS whole, bool_or(t.tgparentid = 0) AS made
+      FROM pg_trigger t WHERE t.tgname = ANY (%(triggers)s) GROUP BY t.tgrelid
+)
+SELECT n.nspname, c.relname,
+       (SELECT coalesce(bool_and(coalesce(f.whole, false)), false)
+          FROM parts p LEFT JOIN found f ON f.tgrelid = p.oid WHERE p.root = c.oid)
+  FROM found m
+  JOIN pg_class c ON c.oid = m.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE m.made
+ ORDER BY c.relispartition
 
 -- name: unguard_table
--- Locks: ACCESS EXCLUSIVE on the table, under our lock timeout; repeatable.
+-- Locks: ACCESS EXCLUSIVE on the table and its partitions, under our lock timeout; repeatable.
 DROP TRIGGER IF EXISTS {insert_trigger} ON {table};
 DROP TRIGGER IF EXISTS {update_trigger} ON {table};
 DROP TRIGGER IF EXISTS {delete_trigger} ON {table};

@@ -21,12 +21,32 @@ SELECT format('type %%I.%%I', n.nspname, t.typname) AS key,
 -- name: relations
 -- Tables, views and composite types.
 SELECT format('relation %%I.%%I', n.nspname, c.relname) AS key,
-       concat_ws(' ', c.relkind, c.relpersistence, CASE WHEN c.relrowsecurity THEN 'row security' END,
-                 CASE WHEN c.relforcerowsecurity THEN 'forced' END, c.reloptions::text) AS text
+       concat_ws(' ', c.relkind, c.relpersistence, CASE WHEN c.relforcerowsecurity THEN 'forced' END,
+                 c.reloptions::text) AS text
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE n.nspname = ANY(%(schemas)s) AND c.relkind IN ('r', 'p', 'f', 'v', 'm', 'c')
    AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
                       AND d.deptype = 'e');
+
+-- name: row_security
+-- Of its own, since a clone gets it with its policies, after the rows.
+SELECT format('security %%I.%%I', n.nspname, c.relname) AS key, 'row security' AS text
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = ANY(%(schemas)s) AND c.relrowsecurity;
+
+-- name: partitions
+-- What a partitioned table is divided by, and what each partition takes; from 17 on a partition has its
+-- root's identity columns, so that those are left out of its columns.
+SELECT format('partitions %%I.%%I', n.nspname, c.relname) AS key,
+       concat_ws(' ', 'by ' || pg_get_partkeydef(c.oid),
+                 (SELECT format('of %%I.%%I', pn.nspname, p.relname) || CASE WHEN i.inhdetachpending
+                                                                           THEN ' detached' ELSE '' END
+                    FROM pg_inherits i JOIN pg_class p ON p.oid = i.inhparent
+                    JOIN pg_namespace pn ON pn.oid = p.relnamespace
+                   WHERE i.inhrelid = c.oid AND c.relispartition),
+                 pg_get_expr(c.relpartbound, c.oid)) AS text
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = ANY(%(schemas)s) AND (c.relkind = 'p' OR c.relispartition AND c.relkind IN ('r', 'f'));
 
 -- name: columns
 -- Live columns; their order is not part of a fingerprint, since values travel by name.
@@ -37,7 +57,7 @@ SELECT format('column %%I.%%I.%%I', n.nspname, c.relname, a.attname) AS key,
                               JOIN pg_namespace ln ON ln.oid = l.collnamespace WHERE l.oid = a.attcollation)
                  END,
                  CASE WHEN a.attnotnull THEN 'not null' END,
-                 'identity ' || nullif(a.attidentity::text, ''),
+                 CASE WHEN NOT c.relispartition THEN 'identity ' || nullif(a.attidentity::text, '') END,
                  'generated ' || nullif(a.attgenerated::text, ''),
                  'default ' || pg_get_expr(d.adbin, d.adrelid)) AS text
   FROM pg_attribute a
@@ -49,7 +69,8 @@ SELECT format('column %%I.%%I.%%I', n.nspname, c.relname, a.attname) AS key,
    AND a.attnum > 0 AND NOT a.attisdropped;
 
 -- name: constraints
--- Of tables and domains; NOT NULL is a column's property on every version here (a constraint from 18 on).
+-- Of tables and domains; NOT NULL is a column's property on every version here (a constraint from 18 on). What
+-- a partition has because its root has it is left out: a side may name it as it likes, or attach it later.
 SELECT format('constraint %%I.%%I.%%I', n.nspname, coalesce(c.relname, t.typname), k.conname) AS key,
        pg_get_constraintdef(k.oid) AS text
   FROM pg_constraint k
@@ -57,18 +78,34 @@ SELECT format('constraint %%I.%%I.%%I', n.nspname, coalesce(c.relname, t.typname
   LEFT JOIN pg_type t ON t.oid = k.contypid
   JOIN pg_namespace n ON n.oid = coalesce(c.relnamespace, t.typnamespace)
  WHERE n.nspname = ANY(%(schemas)s) AND k.contype IN ('c', 'f', 'p', 'u', 'x')
-   AND NOT starts_with(k.conname, 'mover_');
+   AND NOT starts_with(k.conname, 'mover_') AND k.conparentid = 0
+   AND CASE WHEN c.relispartition AND k.contype IN ('p', 'u', 'x')
+            THEN NOT EXISTS (SELECT FROM pg_partition_ancestors(k.conrelid) above
+                               JOIN pg_constraint whole ON whole.conrelid = above.relid
+                              WHERE above.relid <> k.conrelid AND whole.contype = k.contype
+                                AND pg_get_constraintdef(whole.oid) = pg_get_constraintdef(k.oid))
+            ELSE true END;
 
 -- name: indexes
--- Valid indexes that no constraint owns.
-SELECT format('index %%I.%%I', n.nspname, ic.relname) AS key, pg_get_indexdef(i.indexrelid) AS text
-  FROM pg_index i
-  JOIN pg_class ic ON ic.oid = i.indexrelid
-  JOIN pg_class c ON c.oid = i.indrelid
-  JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE n.nspname = ANY(%(schemas)s) AND i.indisvalid AND NOT starts_with(ic.relname, 'mover_')
-   AND c.relkind IN ('r', 'p', 'm')
-   AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid AND k.contype IN ('p', 'u', 'x'));
+-- Valid indexes that no constraint owns; those that a partition has because its root has them are left out.
+WITH indexes AS MATERIALIZED (
+  SELECT n.nspname, ic.relname, i.indexrelid, c.oid AS relation, c.relispartition, i.indisunique, i.indisvalid,
+         ic.relispartition AS attached, pg_get_indexdef(i.indexrelid) AS text,
+         substring(pg_get_indexdef(i.indexrelid) FROM ' USING .*') AS definition
+    FROM pg_index i
+    JOIN pg_class ic ON ic.oid = i.indexrelid
+    JOIN pg_class c ON c.oid = i.indrelid
+    JOIN pg_namespace n ON n.oid = c.relnamespace
+   WHERE n.nspname = ANY(%(schemas)s) AND c.relkind IN ('r', 'p', 'm')
+)
+SELECT format('index %%I.%%I', i.nspname, i.relname) AS key, i.text
+  FROM indexes i
+ WHERE i.indisvalid AND NOT i.attached AND NOT starts_with(i.relname, 'mover_')
+   AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid AND k.contype IN ('p', 'u', 'x'))
+   AND NOT EXISTS (SELECT FROM indexes whole
+                    WHERE i.relispartition AND whole.relation <> i.relation
+                      AND whole.definition = i.definition AND whole.indisunique = i.indisunique
+                      AND whole.relation IN (SELECT relid FROM pg_partition_ancestors(i.relation)));
 
 -- name: triggers
 -- The application's triggers and whether they are enabled.

@@ -38,6 +38,15 @@ WITH gone AS (
 SELECT count(*) FROM mover.replica_identity_user
  WHERE table_schema = %(schema)s AND table_name = %(name)s AND migration <> %(migration)s
 
+-- name: carrier
+-- The table that carries an index of ours, whose name belongs to one table: renaming that changes nothing.
+SELECT n.nspname::text AS schema, t.relname::text AS relation
+  FROM pg_class c
+  JOIN pg_index i ON i.indexrelid = c.oid
+  JOIN pg_class t ON t.oid = i.indrelid
+  JOIN pg_namespace n ON n.oid = t.relnamespace
+ WHERE c.relname = %(index)s
+
 -- name: forget
 -- After the old identity is back.
 DELETE FROM mover.replica_identity WHERE table_schema = %(schema)s AND table_name = %(name)s

@@ -167,7 +167,7 @@ async def test_a_refused_migration_fails_with_every_reason_and_leaves_nothing(pg
     scene = make_scene(pg16, pg18)
     watch = scene.watch()
     scene.homes[CORE].execute("create table core_dms.logs (line text)")
-    scene.homes[CORE].execute("alter table core_crm.deals drop constraint deals_pkey")
+    scene.homes[CORE].execute("alter table core_crm.deals alter tenant_id drop not null")
     async with scene.daemon() as stage:
         await watch.submit(stage)
         await watch.until("failed")

@@ -115,7 +115,7 @@ def test_differing_rows_are_counted_and_keys_are_shown_only_when_asked_for(sides
     [
         ("drop table estate_app.tags", "is missing on the target"),
         ("alter table estate_app.tags drop weight", "has other columns on the target"),
-        ("alter table estate_app.tags drop constraint tags_pkey", "no primary key that is the same"),
+        ("alter table estate_app.tags drop constraint tags_pkey", "no key that is the same"),
         ("alter table estate_app.tags alter weight type text", "different columns"),
         ("create table estate_app.more (id int primary key, tenant_id uuid)", "is on the target only"),
     ],

@@ -138,9 +138,11 @@ async def test_every_unfit_table_is_refused_by_name_at_once(sides):
         create table core_dms.loose (id int primary key, tenant_id uuid);
         create table core_dms.numbered (id int primary key, tenant_id int not null);
         create unlogged table core_dms.volatile (id int primary key, tenant_id uuid not null);
+        create table core_dms.parents (tenant_id uuid, id int, primary key (tenant_id, id));
         create table core_dms.parts (tenant_id uuid, id int, primary key (tenant_id, id))
           partition by hash (tenant_id);
         create table core_dms.part_0 partition of core_dms.parts for values with (modulus 1, remainder 0);
+        create table core_dms.heirs () inherits (core_dms.parents);
         create schema elsewhere;
         create table elsewhere.links (id int primary key, document bigint references core_dms.documents);
         create publication theirs for table core_dms.documents (id, title);
@@ -151,19 +153,19 @@ async def test_every_unfit_table_is_refused_by_name_at_once(sides):
     finally:
         run(sides[0], "drop publication theirs")
     assert sorted((f.code, str(f.table)) for f in plan.refusals) == [
-        ("no_primary_key", "core_dms.keyless"),
+        ("inheritance", "core_dms.heirs"),
+        ("inheritance", "core_dms.parents"),
         ("no_tenant_column", "core_dms.nobodys"),
         ("nullable_tenant_column", "core_dms.loose"),
         ("owned_table", "core_dms.version_pages"),
         ("owned_table", "core_dms.versions"),
-        ("partitioned", "core_dms.part_0"),
-        ("partitioned", "core_dms.parts"),
         ("publication", "core_dms.documents"),
         ("referenced_from_outside", "core_dms.documents"),
         ("tenant_column_type", "core_dms.numbered"),
         ("unlogged", "core_dms.volatile"),
     ]
     assert all(f.hint for f in plan.refusals)
+    assert ("no_key", "core_dms.keyless") in [(f.code, str(f.table)) for f in plan.findings]
     hints = {f.code: f.hint for f in plan.refusals}
     assert 'tenancy.reference_tables += ["core_dms.nobodys"]' in hints["no_tenant_column"]
 
@@ -183,6 +185,7 @@ async def test_a_plain_role_is_told_every_grant_that_it_lacks(sides, pg16, pg18)
         assert set(codes(plan)) == {
             "no_replication",
             "no_create",
+            "no_create_in_schema",
             "no_replica_role",
             "no_privilege",
             "not_owner",
@@ -195,6 +198,25 @@ async def test_a_plain_role_is_told_every_grant_that_it_lacks(sides, pg16, pg18)
     finally:
         for database in sides:
             run(database, f"drop owned by {role}; drop role {role}")
+
+
+async def test_a_role_that_cannot_refer_to_the_targets_tables_is_told_the_grant(sides):
+    source, target = sides
+    role = f"plain_{uuid4().hex[:8]}"
+    run(source, "create schema auth; create table auth.organizations (id uuid primary key)")
+    run(source, "insert into auth.organizations select distinct tenant_id from core_dms.folders")
+    run(source, "alter table core_dms.folders add foreign key (tenant_id) references auth.organizations")
+    run(target, "create schema auth; create table auth.organizations (id uuid primary key)")
+    run(target, f"create role {role} login")
+    try:
+        plain = Database(Secret(target.url.reveal().replace("postgres@", f"{role}@")), target.label)
+        plan = await plan_of(source, plain)
+        (lacking,) = [f for f in plan.refusals if f.code == "no_privilege_on_parent"]
+        assert lacking.message.startswith(f"role {role} lacks REFERENCES, SELECT on auth.organizations")
+        run(target, lacking.hint)
+        assert "no_privilege_on_parent" not in codes(await plan_of(source, plain))
+    finally:
+        run(target, f"drop owned by {role}; drop role {role}")
 
 
 async def test_references_that_the_target_lacks_are_refused(sides):

@@ -45,7 +45,8 @@ def ask(database, query):
 
 async def differing(source, target):
     async with source.connect("test") as ours, target.connect("test") as theirs:
-        return differences(await fingerprint(ours, RICH_SCHEMAS), await fingerprint(theirs, TARGETS))
+        found = differences(await fingerprint(ours, RICH_SCHEMAS), await fingerprint(theirs, TARGETS))
+        return [str(difference) for difference in found]
 
 
 async def cloned(source, target, migration):
@@ -95,6 +96,30 @@ async def test_indexes_and_foreign_keys_wait_for_the_load(sides):
     assert ask(target, "select indexname from pg_indexes where schemaname like 'realestate%'") == [
         ("documents_pkey",)
     ]
+
+
+@one_pair
+async def test_a_unique_key_is_built_before_changes_flow(sides):
+    """Where there is no primary key: a constraint or an index."""
+    source, target = sides
+    run(
+        source.url.reveal(),
+        """create table core_dms.by_constraint (a int not null, b int not null, c int unique, unique (a, b));
+           create table core_dms.by_index (a int not null, c int);
+           create unique index larger on core_dms.by_index (a, c);
+           create unique index smaller on core_dms.by_index (a);
+           create table core_dms.by_nothing (a int primary key deferrable, c int unique)""",
+    )
+    read = await cloned(source, target, MigrationId(uuid4()))
+    tables = [TableRef("realestate_dms", name) for name in ("by_constraint", "by_index", "by_nothing")]
+    unique = """select c.relname from pg_index join pg_class c on c.oid = indexrelid
+                 where indrelid::regclass::text like 'realestate_dms.by%' order by 1"""
+    for _ in range(2):
+        await clone.build_keys(target, read, tables)
+        assert ask(target, unique) == [("by_constraint_a_b_key",), ("smaller",)]
+    await clone.build_rest(target, read, workers=2)
+    assert len(ask(target, unique)) == 6
+    assert await differing(source, target) == []
 
 
 @one_pair

@@ -151,6 +151,35 @@ async def test_a_primary_key_with_the_tenant_needs_nothing(database, say):
     assert identity_of(database) == BEFORE
 
 
+@pytest.mark.parametrize("before", ["default", "nothing", "full"])
+async def test_without_a_key_it_is_the_whole_row_until_the_last_migration_ends(database, say, before):
+    need = IdentityNeed(DOCUMENTS, "tenant_id", ())
+    with client(database) as conn:
+        conn.execute("alter table core_dms.documents drop constraint documents_pkey")
+        conn.execute(f"alter table core_dms.documents replica identity {before}")
+    for migration in (FIRST, SECOND):
+        await ensure_identities(database, migration, [need], say)
+        assert identity_of(database) == ("f", None, [])
+    with client(database) as conn:
+        conn.execute("create publication p for table core_dms.documents where (tenant_id is not null)")
+        conn.execute("update core_dms.documents set code = 'x'")
+        conn.execute("drop publication p")
+    await release_identities(database, FIRST, say)
+    assert identity_of(database) == ("f", None, [])
+    await release_identities(database, SECOND, say)
+    assert identity_of(database) == (before[0], None, [])
+
+
+async def test_a_unique_key_without_the_tenant_gets_an_index_with_it(database, say):
+    with client(database) as conn:
+        conn.execute("alter table core_dms.documents drop constraint documents_pkey")
+        conn.execute("create unique index codes on core_dms.documents (code)")
+    await ensure_identities(database, FIRST, [IdentityNeed(DOCUMENTS, "tenant_id", ("code",))], say)
+    assert identity_of(database) == ("i", OURS, ["core_dms.codes", OURS])
+    await release_identities(database, FIRST, say)
+    assert identity_of(database) == ("d", None, ["core_dms.codes"])
+
+
 async def test_an_invalid_leftover_is_replaced(database, say):
     with client(database) as conn:
         conn.execute(

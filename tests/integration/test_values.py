@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from itertools import cycle, islice
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import count, cycle, islice
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from mover.core.ids import TableRef
 from mover.core.tables import Column, MovedTable
+from mover.postgres import writer
+from mover.postgres.digests import verify_databases
+from tests.conftest import Pair
+from tests.support import values
 from tests.support.rig import TENANT, Subject, execute, rig
+
+ROWS = 12  # generated before, and while, the rows are followed
+LARGE = 32 << 20  # bytes of one value
 
 # Type -> literals that a text format could get wrong.
 VALUES: dict[str, list[str]] = {
@@ -141,3 +156,173 @@ def expect_same_text(pair) -> None:
     for ours, theirs in zip(source, target, strict=True):
         different = [TYPES[n] for n, (o, t) in enumerate(zip(ours[1:], theirs[1:], strict=True)) if o != t]
         assert ours[0] == theirs[0] and not different, (ours[0], different)
+
+
+def subject_of(types: Sequence[str], extensions: Sequence[str]) -> Subject:
+    """A table with a column of each type, in another order on the target, and one dropped on the source."""
+    columns = [(f"c{n}", kind) for n, kind in enumerate(types)]
+    table = MovedTable(
+        TableRef("app", "item"),
+        TableRef("app", "item"),
+        (
+            Column("tenant_id", "uuid", "uuid", not_null=True),
+            Column("id", "bigint", "bigint", not_null=True),
+            *(Column(name, kind, kind) for name, kind in columns),
+        ),
+        ("id",),
+        "tenant_id",
+    )
+    ddl = (
+        "".join(f"CREATE EXTENSION {name} SCHEMA public;" for name in extensions)
+        + """CREATE SCHEMA app;
+        CREATE TYPE app.mood AS ENUM ('happy', 'in between, "so so"');
+        CREATE DOMAIN app.positive AS integer CHECK (VALUE > 0);
+        CREATE TYPE app.pair AS (a text, b integer);
+        CREATE TYPE app.floats AS RANGE (subtype = float8);"""
+    )
+    names = ", ".join(f"{name} {kind}" for name, kind in columns)
+    reversed_names = ", ".join(f"{name} {kind}" for name, kind in reversed(columns))
+    return Subject(
+        (table,),
+        ddl + f"CREATE TABLE app.item ({reversed_names}, id bigint PRIMARY KEY, tenant_id uuid NOT NULL)",
+        f"""DROP TABLE app.item;
+        CREATE TABLE app.item (gone text, tenant_id uuid NOT NULL, id bigint PRIMARY KEY, also int, {names});
+        ALTER TABLE app.item DROP gone, DROP also;
+        CREATE UNIQUE INDEX item_identity ON app.item (tenant_id, id);
+        ALTER TABLE app.item REPLICA IDENTITY USING INDEX item_identity""",
+    )
+
+
+def insert_generated(url: str, types: Sequence[str], first: int, rows: int) -> None:
+    strategies = {**values.VALUES, **values.OPTIONAL}
+    marks = ", ".join(f"%s::{kind}" for kind in types)
+    ids = count(first)
+    with psycopg.connect(url, autocommit=True) as conn:
+        names = ", ".join(f"c{n}" for n in range(len(types)))
+
+        @settings(
+            max_examples=rows,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(st.data())
+        def insert(data: st.DataObject) -> None:
+            row = [data.draw(st.none() | strategies[kind]) for kind in types]
+            conn.execute(
+                f"INSERT INTO app.item (tenant_id, id, {names}) VALUES (%s, %s, {marks})",
+                (TENANT, next(ids), *row),
+            )
+
+        insert()
+
+
+async def test_generated_values_arrive_bit_identical(pair):
+    await move_generated(pair, list(values.VALUES), [])
+
+
+async def test_values_of_extensions_arrive_bit_identical(pg15, make_database):
+    """Where both servers have them; XML as well, which not every build has."""
+    pair = Pair(make_database(pg15), make_database(pg15), pg15, pg15)
+    there = {name for (name,) in execute(pair.source, "SELECT name FROM pg_available_extensions")}
+    extensions = sorted(there & {"citext", "hstore", "ltree"})
+    types = [f"public.{name}" for name in extensions]
+    with suppress(psycopg.errors.FeatureNotSupported):
+        execute(pair.source, "SELECT '<a/>'::xml")
+        types.append("xml")
+    if not types:
+        pytest.skip("the server has neither extensions nor XML")
+    await move_generated(pair, types, extensions)
+
+
+async def move_generated(pair: Pair, types: Sequence[str], extensions: Sequence[str]) -> None:
+    """By copy and by stream: inserted, updated, and with another key."""
+    names = [f"c{n}" for n in range(len(types))]
+    changes = (
+        # Every value once more, as an update of another row.
+        f"UPDATE app.item SET {', '.join(f'{name} = o.{name}' for name in names)} FROM app.item o"
+        f" WHERE o.id = {50 + ROWS - 1} - item.id",
+        "UPDATE app.item SET id = id + 100",
+    )
+    async with rig(pair.source, pair.target, subject=subject_of(types, extensions)) as r, r.following():
+        await asyncio.to_thread(insert_generated, pair.source, types, 0, ROWS)
+        await r.copy().run()
+        await asyncio.to_thread(insert_generated, pair.source, types, 50, ROWS)
+        await r.follower.catch_up_once()
+        expect_identical(pair, types)
+        for change in changes:
+            changed = execute(pair.source, f"WITH c AS ({change} RETURNING 1) SELECT count(*) FROM c")
+            assert changed == [(2 * ROWS,)]
+            await r.follower.catch_up_once()
+            expect_identical(pair, types)
+        assert (await verify_databases(r.source, r.target, r.subject.tables, TENANT)).equal
+
+
+def expect_identical(pair: Pair, types: Sequence[str]) -> None:
+    """By the text, and by what the types' own binary output says."""
+    with psycopg.connect(pair.source) as source, psycopg.connect(pair.target) as target:
+        for n, kind in enumerate(types):
+            query = f"SELECT id, c{n}::text, c{n} IS NULL FROM app.item ORDER BY id"
+            ours, theirs = (conn.execute(query).fetchall() for conn in (source, target))
+            assert ours == theirs and ours, kind
+            if not (kind.startswith("app.") and kind.endswith("[]")):  # these carry OIDs
+                assert binary(source, n) == binary(target, n), kind
+
+
+def binary(conn: psycopg.Connection, column: int) -> bytes:
+    query = f"COPY (SELECT id, c{column} FROM app.item ORDER BY id) TO STDOUT (FORMAT BINARY)"
+    with conn.cursor().copy(query) as copy:
+        return b"".join(copy)
+
+
+@pytest.mark.parametrize("key", [("id",), ()], ids=["with a key", "without a key"])
+@pytest.mark.parametrize("small_batch", [0, 200])
+async def test_as_many_columns_as_a_table_can_have(pg16, make_database, key, small_batch, monkeypatch):
+    monkeypatch.setattr(writer, "SMALL_BATCH", small_batch)
+    names = [f"column_{n}" for n in range(1598)]
+    columns = (
+        Column("tenant_id", "uuid", "uuid", not_null=True),
+        Column("id", "bigint", "bigint", not_null=True),
+        *(Column(name, "smallint", "smallint") for name in names),
+    )
+    item = TableRef("app", "item")
+    ddl = f"""CREATE SCHEMA app; CREATE TABLE app.item (tenant_id uuid NOT NULL, id bigint NOT NULL
+              {", PRIMARY KEY (id)" if key else ""}, {", ".join(f"{name} smallint" for name in names)})"""
+    identity = "CREATE UNIQUE INDEX i ON app.item (tenant_id, id); ALTER TABLE app.item REPLICA IDENTITY {}"
+    subject = Subject(
+        (MovedTable(item, item, columns, key, "tenant_id"),),
+        ddl,
+        identity.format("USING INDEX i" if key else "FULL"),
+    )
+    source, target = make_database(pg16), make_database(pg16)
+    async with rig(source, target, subject=subject) as r, r.following():
+        numbers = f"n{', n' * 1598} FROM generate_series(%s::int, %s::int) n"
+        insert = f"INSERT INTO app.item SELECT '{TENANT}', {numbers}"
+        execute(source, insert, 1, 3)
+        await r.copy().run()
+        execute(source, insert, 4, 6)
+        execute(source, "UPDATE app.item SET column_1597 = -1 WHERE id > 1")
+        execute(source, "DELETE FROM app.item WHERE id = 2")
+        await r.follower.catch_up_once()
+        rows = "SELECT md5(i::text) FROM app.item i ORDER BY id"
+        assert execute(target, rows) == execute(source, rows)
+        assert len(execute(target, rows)) == 5
+        assert (await verify_databases(r.source, r.target, subject.tables, TENANT)).equal
+
+
+async def test_values_of_many_megabytes(pg16, make_database):
+    """A text of LARGE bytes, by copy and by stream, in an update that sends it and in one that does not."""
+    source, target = make_database(pg16), make_database(pg16)
+    content = "SELECT id, name, octet_length(big), md5(big) FROM app.item ORDER BY id"
+    async with rig(source, target, rows=0) as r, r.following():
+        insert = f"INSERT INTO app.item VALUES ('{TENANT}', %s, 'n', 1, repeat(%s, {LARGE // 8}))"
+        execute(source, insert, 1, "copied \t")
+        await r.copy().run()
+        execute(source, insert, 2, "\u00e9\u00e9\u00e9\\\n")
+        await r.follower.catch_up_once()
+        execute(source, "UPDATE app.item SET name = 'unsent'")
+        execute(source, "UPDATE app.item SET big = upper(big) WHERE id = 1")
+        await r.follower.catch_up_once()
+        assert execute(target, content) == execute(source, content)
+        assert [size for _, _, size, _ in execute(target, content)] == [LARGE, LARGE]

@@ -239,7 +239,7 @@ async def test_changes_of_a_table_that_is_not_here_yet_are_left_out(url):
 @pytest.mark.parametrize(
     "changed",
     [
-        relation("tenant_id", "id", "big"),
+        relation("tenant_id", "big", "note"),
         relation("tenant_id", "id", "big", "note", "added"),
         relation("tenant_id", "id", "big", "renamed"),
         relation("tenant_id", "id", "big", "note", type_oid=23),
@@ -252,6 +252,21 @@ async def test_other_columns_than_planned_are_told(url, changed):
         with pytest.raises(SchemaChanged):
             await apply(to, insert(2, "b", "two"), Insert(changed, [T, *[b"3"] * (len(changed.columns) - 1)]))
     assert content(url) == ours(("1", "a", "one"))
+
+
+@WAYS
+async def test_what_was_written_before_a_followed_column_came_leaves_it_null(url, way):
+    """Also beside what was written after it, in one batch; an update leaves the column as it is."""
+    before = relation("tenant_id", "id", "big")
+    async with writing(url) as to:
+        await apply(to, Insert(before, [T, b"1", b"b"]))
+        await apply(
+            to,
+            Insert(before, [T, b"2", b"b"]),
+            insert(3, "c", "new"),
+            Update(before, None, [T, b"3", b"d"]),
+        )
+    assert content(url) == ours(("1", "b", None), ("2", "b", None), ("3", "d", "new"))
 
 
 async def test_a_description_sent_again_is_no_change(url):
@@ -302,26 +317,29 @@ async def test_a_key_that_is_always_generated_takes_the_sources_values(url, way)
 
 
 @WAYS
-async def test_an_always_generated_column_beside_the_key_is_never_silently_different(url, way):
-    """Only `SET n = DEFAULT` changes it, and no statement of ours could follow that in place."""
+async def test_an_always_generated_column_beside_the_key_takes_the_sources_values(url, way):
+    """`SET n = DEFAULT` changes it, which no UPDATE of ours can follow; what was not sent stays."""
     subject = table(
         Column("id", "text", "text", not_null=True, collatable=True),
         Column("n", "integer", "integer", not_null=True, identity_always=True),
+        Column("big", "text", "text"),
         Column("note", "text", "text"),
     )
     ddl = (
         "CREATE SCHEMA app; CREATE TABLE app.item (tenant_id uuid NOT NULL, id text PRIMARY KEY,"
-        " n integer GENERATED ALWAYS AS IDENTITY, note text)"
+        " n integer GENERATED ALWAYS AS IDENTITY UNIQUE, big text, note text)"
     )
-    described = relation("tenant_id", "id", "n", "note")
+    described = relation("tenant_id", "id", "n", "big", "note")
     async with writing(url, subject, ddl) as to:
-        await apply(to, Insert(described, [T, b"1", b"7", b"one"]))
-        await apply(to, Update(described, None, [T, b"1", b"7", b"changed"]))
+        for key in (b"1", b"2", b"3"):
+            await apply(to, Insert(described, [T, key, b"1" + key, b"big", b"one"]))
+        await apply(to, Update(described, None, [T, b"1", b"11", UNCHANGED, b"same"]))
+        await apply(to, Update(described, None, [T, b"2", b"22", UNCHANGED, None]))
+        await apply(to, Update(described, [T, b"3", *[None] * 3], [T, b"4", b"33", UNCHANGED, b"moved"]))
         with pytest.raises(ApplyConflict):
-            await apply(to, Update(described, None, [T, b"1", b"8", b"again"]))
-        replaced = (Delete(described, [T, b"1", None, None]), Insert(described, [T, b"1", b"9", b"new"]))
-        await apply(to, *replaced)
-    assert execute(url, "SELECT id, n, note FROM app.item") == [("1", 9, "new")]
+            await apply(to, Update(described, None, [T, b"5", b"55", b"x", b"not there"]))
+    rows = [("1", 11, "big", "same"), ("2", 22, "big", None), ("4", 33, "big", "moved")]
+    assert execute(url, "SELECT id, n, big, note FROM app.item ORDER BY id") == rows
 
 
 @WAYS

@@ -119,6 +119,9 @@ class Rig:
         async def build_keys(tables):
             pass
 
+        async def unchanged():
+            pass
+
         return WaveCopy(
             shape=self.subject.shape,
             copier=self.copier,
@@ -127,6 +130,7 @@ class Rig:
             progress=self.follower.progress,
             clock=RealClock(),
             build_keys=build_keys,
+            check_schemas=unchanged,
             on_chunk=lambda rows, size: None,
             **settings,
         )

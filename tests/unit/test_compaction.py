@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import event, given
 
-from mover.core.changes import UNCHANGED, Delete, Insert, Relation, Truncated, Update
-from mover.core.compaction import NeedsOrder, NetTable, compact, parts
+from mover.core.changes import UNCHANGED, Delete, Insert, Relation, RowChange, Truncated, Update
+from mover.core.compaction import NeedsOrder, NetTable, compact, net_rows, parts
 from mover.core.ids import TableRef
-from tests.support.histories import REF, RELATION, History, Rows, copy, histories
+from tests.support.histories import REF, RELATION, History, Rows, apply_in_order, copy, histories
 
 OTHER = Relation(2, TableRef("app", "other"), "i", RELATION.columns)
 
@@ -18,7 +20,7 @@ def test_the_net_effect_equals_the_changes_one_by_one(history):
     rows = copy(history.before)
     try:
         for part in parts(history.changes):
-            if isinstance(part, TableRef):
+            if isinstance(part, Truncated):
                 rows.clear()
             else:
                 for net in compact(part, key_positions).values():
@@ -42,7 +44,8 @@ def test_a_row_that_entered_without_its_values_needs_order_or_is_not_inserted(hi
 
 def test_a_truncation_cuts_the_batch():
     one, two = Insert(RELATION, [b"a", b"", b""]), Delete(RELATION, [b"a", None, None])
-    assert list(parts([one, two, Truncated(REF), Truncated(REF), two])) == [[one, two], REF, REF, [two]]
+    truncated = Truncated(REF)
+    assert list(parts([one, two, truncated, truncated, two])) == [[one, two], truncated, truncated, [two]]
     assert list(parts([])) == []
 
 
@@ -109,3 +112,29 @@ def apply_net(rows: Rows, net: NetTable) -> None:
     for key, row in net.inserts.items():
         assert key not in rows
         rows[key] = list(row)
+
+
+@given(histories())
+def test_the_net_effect_on_whole_rows_leaves_the_same_rows(history: History):
+    """Under REPLICA IDENTITY FULL every change carries whole rows."""
+    rows = copy(history.before)
+    changes: list[RowChange] = []
+    for change in history.changes:
+        before = copy(rows)
+        apply_in_order(rows, [change])
+        gone = [row for row in before.values() if row not in rows.values()]
+        come = [row for row in rows.values() if row not in before.values()]
+        match change:
+            case Insert():
+                changes.append(Insert(RELATION, come[0]))
+            case Delete():
+                changes.append(Delete(RELATION, gone[0]))
+            case Update() if come:
+                changes.append(Update(RELATION, gone[0], come[0]))
+    left = Counter(tuple(row) for row in history.before.values())
+    for net in net_rows(changes):
+        assert not {*map(tuple, net.deletes)} & {*map(tuple, net.inserts)}
+        left.subtract(map(tuple, net.deletes))
+        left.update(map(tuple, net.inserts))
+    assert +left == Counter(tuple(row) for row in history.after.values())
+    assert not -left

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from uuid import UUID
 
 import pytest
 
@@ -11,100 +10,21 @@ from mover.core.facts import (
     Collision,
     ColumnFacts,
     Dangling,
-    Facts,
     ForeignKey,
-    IndexFacts,
     LongTransaction,
     PublicationFacts,
-    Relation,
     Rows,
-    ServerFacts,
-    SideFacts,
     SubscriptionFacts,
     Tenancy,
     TriggerFacts,
 )
-from mover.core.ids import TableRef, TenantId
+from mover.core.ids import TableRef
 from mover.engine.preflight import judge
-
-SERVER = ServerFacts(
-    version_num=160014,
-    system_identifier="1",
-    timeline=1,
-    in_recovery=False,
-    database="core",
-    wal_level="logical",
-    role="mover",
-    superuser=False,
-    replication=True,
-    bypass_rls=False,
-    create_role=False,
-    slots_max=10,
-    slots_used=0,
-    senders_max=10,
-    senders_used=0,
-    connections_max=100,
-    connections_used=10,
-    connections_reserved=3,
-    slot_wal_keep_mb=-1,
-    may_set_replica_role=True,
-    may_create_schema=True,
-    pooled=False,
-)
-KEY = IndexFacts("pkey", ("id",), primary=True, partial=False, immediate=True, replica_identity=False)
-
-
-def column(name, type="uuid", not_null=True):
-    return ColumnFacts(name, type, not_null, generated="", identity="", collatable=type == "text")
-
-
-def table(name, **changes):
-    base = Relation(
-        ref=TableRef("core_dms", name),
-        kind="r",
-        persistence="p",
-        inherits=False,
-        row_security=False,
-        row_security_forced=False,
-        owner="mover",
-        owned=True,
-        privileges=frozenset({"SELECT", "INSERT", "UPDATE", "DELETE"}),
-        replica_identity="d",
-        columns=(column("id"), column("tenant_id"), column("title", "text")),
-        indexes=(KEY,),
-    )
-    return replace(base, **changes)
-
-
-def key(child, parent, columns=("parent_id",)):
-    return ForeignKey(
-        f"{child}_fk", TableRef("core_dms", child), TableRef("core_dms", parent), columns, ("id",)
-    )
-
-
-def facts(*relations, foreign_keys=(), source=None, target=None, **changes):
-    """A sound migration of `relations` to a fresh target, but for what the arguments change."""
-    relations = relations or (table("documents"),)
-    side = SideFacts(SERVER, frozenset({"core_dms"}), relations=relations, foreign_keys=tuple(foreign_keys))
-    other = SideFacts(replace(SERVER, system_identifier="2", version_num=180004), frozenset())
-    base = Facts(
-        tenant=TenantId(UUID(int=1)),
-        tenancy=Tenancy("tenant_id"),
-        schemas={"core_dms": "realestate_dms"},
-        source=replace(side, **(source or {})),
-        target=replace(other, **(target or {})),
-        connections_wanted=12,
-        rows={r.ref: Rows(10, 1000, exact=True, exists=True) for r in relations},
-    )
-    return replace(base, **changes)
+from tests.support.facts import KEY, SERVER, column, facts, key, server, table
 
 
 def found(some_facts):
     return [(f.code, f.warning) for f in judge(some_facts).findings]
-
-
-def server(**changes):
-    return {"server": replace(SERVER, **changes)}
 
 
 def test_a_sound_migration_has_no_findings():
@@ -149,13 +69,13 @@ def test_all_refusals_come_at_once_with_a_hint_each():
     plan = judge(
         facts(
             table("documents", columns=(column("id"),)),
-            table("folders", indexes=()),
+            table("folders", persistence="u"),
             source=server(wal_level="replica", replication=False),
         )
     )
     assert {f.code for f in plan.refusals} == {
         "no_tenant_column",
-        "no_primary_key",
+        "unlogged",
         "wal_level",
         "no_replication",
     }
@@ -265,7 +185,7 @@ def test_what_could_not_be_counted_is_a_warning():
                 "schemas": frozenset({"realestate_dms"}),
                 "relations": (table("documents", ref=documents),),
             },
-            parents_outside=frozenset({outside.parent}),
+            parents_outside={outside.parent: frozenset({"SELECT", "REFERENCES"})},
             collisions=(Collision(documents, "pkey", None),),
             missing_references=(Dangling(outside, None),),
             foreign_parents=(Dangling(outside, None),),
@@ -313,3 +233,49 @@ def test_the_same_database_and_schemas_are_refused():
     same = {"server": SERVER}
     assert found(facts(target=same, schemas={"core_dms": "core_dms"})) == [("same_place", False)]
     assert found(facts(target=same)) == []
+
+
+def unique(*columns, name="", **changes):
+    return replace(KEY, name=name or "_".join(columns), columns=columns, primary=False, **changes)
+
+
+DEFERRABLE = replace(KEY, immediate=False)
+KEYS = {
+    "the primary key": ((unique("tenant_id"), KEY), ("id",)),
+    "the smallest unique one": (
+        (unique("id", "code", "tenant_id"), unique("code", "tenant_id")),
+        ("code", "tenant_id"),
+    ),
+    "by the names of its columns, not its own": (
+        (unique("id", name="z"), unique("code", name="a")),
+        ("code",),
+    ),
+    "not one that allows NULL": ((unique("title"), unique("id", "code")), ("id", "code")),
+    "not one of generated values": ((unique("made"), unique("id", "code")), ("id", "code")),
+    "not one of some rows, or of expressions": ((unique("id", partial=True), unique("")), ()),
+    "not one that may be broken for a while": ((DEFERRABLE, unique("code")), ("code",)),
+    "none": ((DEFERRABLE,), ()),
+}
+
+
+@pytest.mark.parametrize("indexes", KEYS)
+def test_rows_are_told_apart_by(indexes):
+    given, expected = KEYS[indexes]
+    made = ColumnFacts("made", "text", not_null=True, generated="s", identity="", collatable=True)
+    columns = (*(column(name) for name in ("id", "tenant_id", "code")), column("title", not_null=False), made)
+    for order in (given, given[::-1]):
+        documents = table("documents", columns=columns, indexes=order)
+        plan = judge(facts(documents))
+        assert plan.refusals == ()
+        assert plan.shape.tables[0].key == expected
+        assert [f.code for f in plan.findings] == ([] if expected else ["no_key"])
+
+
+def test_a_table_without_a_key_needs_whole_rows_in_the_stream():
+    documents = table("documents", indexes=())
+    for identity, changes in (("d", ["core_dms.documents"]), ("n", ["core_dms.documents"]), ("f", [])):
+        plan = judge(facts(replace(documents, replica_identity=identity)))
+        assert plan.facts["replica_identity_changes"] == changes
+    large = {documents.ref: Rows(1_000_000, 1 << 30, exact=False, exists=True)}
+    (finding,) = judge(facts(documents, rows=large)).findings
+    assert "compared only after the switch" in finding.message
