@@ -85,13 +85,9 @@ class Merge:
 
     def inside(self, copied: CopiedRanges) -> sql.Composed:
         """Parameters: an array for each key column. The 1-based places of those in the copied ranges."""
-        arrays = sql.SQL(", ").join(
-            sql.SQL("{}::{}[]").format(_parameter(n), ranges.type_on(column, Side.TARGET))
-            for n, column in enumerate(self.table.key_columns, start=1)
-        )
-        return sql.SQL("SELECT {n} FROM unnest({}) WITH ORDINALITY AS s ({}, {n}) WHERE {}").format(
-            arrays,
-            _identifiers(self.table.key),
+        return sql.SQL("SELECT {n} FROM (SELECT n AS {n}, {} FROM {}) AS s WHERE {}").format(
+            ranges.unnested(self.table, Side.TARGET),
+            ranges.unnest([_parameter(n) for n, _ in enumerate(self.table.key, start=1)]),
             ranges.in_ranges(self.table, "s", copied, Side.TARGET),
             n=sql.Identifier(self.table.spare("mover_n")),
         )

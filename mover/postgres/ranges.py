@@ -50,11 +50,25 @@ def key_literal(table: MovedTable, key: Key, side: Side) -> sql.Composed:
 def in_keys(table: MovedTable, alias: str, keys: Collection[Key], side: Side) -> sql.Composed:
     """Whether a key is one of `keys`."""
     left = sql.SQL(", ").join(sql.Identifier(alias, name) for name in table.key)
-    arrays = sql.SQL(", ").join(
-        sql.SQL("{}::{}[]").format(sql.Literal(list(values)), type_on(column, side))
-        for values, column in zip(zip(*keys, strict=True), table.key_columns, strict=True)
+    arrays = [sql.Literal(list(values)) for values in zip(*keys, strict=True)]
+    return sql.SQL("({}) IN (SELECT {} FROM {})").format(left, unnested(table, side), unnest(arrays))
+
+
+def unnest(arrays: Sequence[sql.Composable]) -> sql.Composed:
+    """Keys from an array of texts for each column: `unnest` would take array values apart as well."""
+    texts = sql.SQL(", ").join(sql.SQL("{}::text[]").format(array) for array in arrays)
+    names = sql.SQL(", ").join(sql.Identifier(f"k{n}") for n in range(len(arrays)))
+    return sql.SQL("unnest({}) WITH ORDINALITY AS u ({}, n)").format(texts, names)
+
+
+def unnested(table: MovedTable, side: Side) -> sql.Composed:
+    """The key's columns of `unnest`, each with its own type and name."""
+    return sql.SQL(", ").join(
+        sql.SQL("{}::{} AS {}").format(
+            sql.Identifier(f"k{n}"), type_on(column, side), sql.Identifier(column.name)
+        )
+        for n, column in enumerate(table.key_columns)
     )
-    return sql.SQL("({}) IN (SELECT * FROM unnest({}))").format(left, arrays)
 
 
 def columns(names: Sequence[Column], alias: str | None = None) -> sql.Composed:

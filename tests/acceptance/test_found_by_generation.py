@@ -58,6 +58,25 @@ async def test_columns_may_have_the_names_that_we_use(servers, tuning):
     )
 
 
+@pytest.mark.parametrize("tuning", [SMALL_PIECES, ONE_BY_ONE], ids=["small pieces", "one by one"])
+async def test_a_key_may_be_an_array(servers, tuning):
+    ddl = "CREATE TABLE «0».t (tenant_id uuid NOT NULL, k int[], n int, big text, PRIMARY KEY (k, tenant_id))"
+    big = "(SELECT string_agg(md5(i::text), '') FROM generate_series(1, 300) i)"
+    seeds = [
+        f"INSERT INTO «0».t SELECT {T}, array[g, NULL], g, {big} FROM generate_series(1, 5) g",
+        f"INSERT INTO «0».t VALUES ('{OTHER}', '{{{{1,2}},{{3,4}}}}', 1, {big})",
+    ]
+    enters = f"UPDATE «0».t SET tenant_id = {T} WHERE tenant_id = '{OTHER}'"
+    await moves(
+        servers,
+        tuning,
+        [ddl],
+        seeds,
+        copy=["UPDATE «0».t SET n = 10 WHERE n = 1", "UPDATE «0».t SET k = '{}' WHERE n = 2", enters],
+        verify=["UPDATE «0».t SET n = 20"],
+    )
+
+
 async def test_a_full_replica_identity_with_generated_columns_stops_nobody(servers):
     """PostgreSQL 18 refuses every tenant's UPDATE of a table that is published so."""
     ddl = [
