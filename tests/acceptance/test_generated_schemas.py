@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from tests.support.generated_move import Example, Servers, examples, run_example
 from tests.support.queue import platform_database
 
-EXAMPLES = int(os.environ.get("GENERATED_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("GENERATED_EXAMPLES", "8"))
 FIRST_SEED = int(os.environ.get("GENERATED_SEED", "0"))
 PARTS = [
     *((part, "pg16", "pg18") for part in range(4)),

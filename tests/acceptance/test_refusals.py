@@ -275,6 +275,7 @@ async def test_a_role_without_rights(scene, weak_role):
     async with asking(scene) as asked:
         asked.live_at(core.url.replace("postgres@", f"{weak_role}@"))
         lacks = {"no_replication", "no_create", "no_replica_role", "not_owner", "no_privilege"}
+        lacks.add("no_create_in_schema")
         await asked.refused(scene.tenant, lacks)
 
 
@@ -284,7 +285,7 @@ async def test_an_owner_without_replication(scene, weak_role):
     core.execute(f'grant create on database {name} to "{weak_role}"')
     core.execute(f'grant set on parameter session_replication_role to "{weak_role}"')
     for schema in ("core_dms", "core_crm"):
-        core.execute(f'grant usage on schema {schema} to "{weak_role}"')
+        core.execute(f'grant usage, create on schema {schema} to "{weak_role}"')
     for schema, table in core.tables:
         core.execute(f'alter table {schema}.{table} owner to "{weak_role}"')
     async with asking(scene) as asked:

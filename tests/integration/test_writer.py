@@ -400,6 +400,24 @@ async def test_changed_keys_are_remembered_from_when_it_is_asked_for(url, way, m
         assert to.dirty() is None
 
 
+async def test_keys_that_are_arrays_are_looked_for_in_the_copied_ranges(url):
+    subject = table(
+        Column("id", "integer[]", "integer[]", not_null=True), Column("note", "text", "text", collatable=True)
+    )
+    ddl = (
+        "CREATE SCHEMA app; CREATE TABLE app.item (tenant_id uuid NOT NULL, id int[] PRIMARY KEY, note text)"
+    )
+    described = relation("tenant_id", "id", "note")
+    async with writing(url, subject, ddl) as to:
+        to.set_copied({REF: CopiedRanges(((None, ("{2}",)),))})
+        rows = ((b"{1,2}", b"there"), (b"{3}", b"not yet"), (b"{{1,2},{3,4}}", b"there"))
+        await apply(to, *(Insert(described, [T, key, note]) for key, note in rows))
+    assert execute(url, "SELECT id, note FROM app.item ORDER BY id") == [
+        ([1, 2], "there"),
+        ([[1, 2], [3, 4]], "there"),
+    ]
+
+
 async def test_progress_is_part_of_the_transaction_and_never_goes_back(url):
     async with writing(url) as to:
         assert await to.progress() == (Lsn(0), None)

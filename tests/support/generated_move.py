@@ -359,13 +359,19 @@ class _Run:
             if (claim := await store.claim("a test", LEASE_S)) is None:
                 await asyncio.sleep(0.02)  # what failed is tried again after a back-off
                 continue
-            await Work(claim, store, workshop.move, SystemClock(), LEASE_S, {}).run()  # type: ignore[arg-type]
+            await self._work(claim, store, workshop)
             found = await store.get(str(migration.id))
         assert found.status is Status.COMPLETED, (found.status, found.phase, found.error)
         await store.release(claim)
         claim = await store.claim("a test", LEASE_S)
         assert claim is not None, "nobody looks after the tombstone"
+        await self._work(claim, store, workshop)
+
+    async def _work(self, claim: Claim, store: GatedStore, workshop: Workshop) -> None:
         await Work(claim, store, workshop.move, SystemClock(), LEASE_S, {}).run()  # type: ignore[arg-type]
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # a stop, which the work has taken as a daemon's
+            raise asyncio.CancelledError
 
     async def _write(self, store: GatedStore) -> None:
         for step in self.example.timeline:
