@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from mover.core.errors import Refused
-from mover.core.facts import Relation, Tenancy
+from mover.core.facts import ForeignKey, Relation, Tenancy
 from mover.core.ids import TenantId
 from mover.core.secret import Secret
 from mover.core.tables import MovedTable
@@ -71,10 +71,10 @@ class Counter(Protocol):
 async def compare(question: Question, counter: Counter) -> Comparison:
     """Raises Refused when there is nothing that could be compared."""
     source, target = Database(question.source, "source"), Database(question.target, "target")
-    ours, theirs = await asyncio.gather(
-        _relations(source, question.schemas.keys()), _relations(target, question.schemas.values())
+    (ours, foreign_keys), (theirs, _) = await asyncio.gather(
+        _read(source, question.schemas.keys()), _read(target, question.schemas.values())
     )
-    pairing = pair(ours, theirs, question.schemas, question.tenancy)
+    pairing = pair(ours, theirs, foreign_keys, question.schemas, question.tenancy)
     if not pairing.tables and not pairing.incomparable:
         raise Refused(
             f"no table of {', '.join(question.schemas)} has the column {question.tenancy.column}",
@@ -88,8 +88,10 @@ async def compare(question: Question, counter: Counter) -> Comparison:
     return Comparison(verdict, pairing)
 
 
-async def _relations(database: Database, schemas: Collection[str]) -> tuple[Relation, ...]:
-    """Those of all of `schemas`, which must be there."""
+async def _read(
+    database: Database, schemas: Collection[str]
+) -> tuple[tuple[Relation, ...], tuple[ForeignKey, ...]]:
+    """The tables and foreign keys of all of `schemas`, which must be there."""
     async with database.connect("verify") as conn:
         there = await catalog.existing_schemas(conn, schemas)
         if missing := sorted(set(schemas) - there.keys()):
@@ -97,7 +99,8 @@ async def _relations(database: Database, schemas: Collection[str]) -> tuple[Rela
                 f"schema {', '.join(missing)} does not exist on the {database.label}",
                 hint="Check the schemas and the URL.",
             )
-        return await catalog.read_relations(conn, schemas)
+        relations = await catalog.read_relations(conn, schemas)
+        return relations, await catalog.read_foreign_keys(conn, schemas)
 
 
 async def _sized(database: Database, tables: Sequence[MovedTable], tenant: TenantId) -> Sequence[MovedTable]:
@@ -113,7 +116,7 @@ async def _sized(database: Database, tables: Sequence[MovedTable], tenant: Tenan
                 column=table.tenant_column,
                 value=str(tenant),
             )
-            share = size["share"] or 0.0
+            share = size["share"] or 0.0  # nobody knows an owned table's
             rows, total = round(size["tuples"] * share), round(size["bytes"] * share)
             sized.append(replace(table, estimated_rows=rows, estimated_bytes=total))
     return sized

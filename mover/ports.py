@@ -232,8 +232,16 @@ class ConsistentPoint(Protocol):
         """Stands in the stream behind everything that `snapshot` sees."""
         ...
 
-    def rows(self, table: MovedTable, tenant: TenantId, keys: Collection[Key]) -> AsyncIterator[bytes]:
-        """The tenant's rows with these keys as the snapshot sees them: COPY text of the copied columns."""
+    def rows(
+        self,
+        table: MovedTable,
+        tenant: TenantId,
+        names: Sequence[str],
+        values: Collection[Key],
+        copied: CopiedRanges,
+    ) -> AsyncIterator[bytes]:
+        """The tenant's rows in the copied ranges that have one of `values` in the columns `names`, as the
+        snapshot sees them: COPY text of the copied columns."""
         ...
 
 

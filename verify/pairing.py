@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mover.core.ddl import rename_schemas
-from mover.core.facts import ColumnFacts, Relation, Tenancy
+from mover.core.facts import ColumnFacts, ForeignKey, Relation, Tenancy
 from mover.core.ids import Side, TableRef
-from mover.core.tables import Column, MovedTable
+from mover.core.ownership import Ownership, ownership_of
+from mover.core.tables import Column, MovedTable, Owner
 from verify.compare import Fingerprints
 
 _TABLE_KINDS = ("r", "p")
@@ -24,29 +25,50 @@ class Pairing:
     tables: tuple[MovedTable, ...]
     fingerprints: Fingerprints
     incomparable: Mapping[TableRef, str]  # each with its reason: the two sides are not known to be equal
-    left_out: tuple[TableRef, ...]  # without the tenant column: reference tables, and rows of nobody
+    left_out: tuple[TableRef, ...]  # reference tables, and those whose rows are nobody's
 
 
 def pair(
-    source: Sequence[Relation], target: Sequence[Relation], schemas: Mapping[str, str], tenancy: Tenancy
+    source: Sequence[Relation],
+    target: Sequence[Relation],
+    foreign_keys: Sequence[ForeignKey],
+    schemas: Mapping[str, str],
+    tenancy: Tenancy,
 ) -> Pairing:
-    """`schemas` maps the source's to the target's; both sides' relations are those of these schemas."""
+    """`schemas` maps the source's to the target's; both sides' relations are those of these schemas, and
+    `foreign_keys` the source's."""
     back = {theirs: ours for ours, theirs in schemas.items()}
     ours = {r.ref: r for r in source if _is_whole(r, schemas.keys())}
     theirs = {TableRef(back[r.ref.schema], r.ref.name): r for r in target if _is_whole(r, schemas.values())}
+    ownership = _ownership(ours, foreign_keys, tenancy)
     tables: list[MovedTable] = []
     incomparable: dict[TableRef, str] = {}
     left_out: list[TableRef] = []
     for ref in sorted(ours.keys() | theirs.keys()):
         one, other = ours.get(ref), theirs.get(ref)
         there = [r for r in (one, other) if r is not None]
-        if _exempt(there, tenancy) or not any(r.column(tenancy.column) for r in there):
+        is_owned = ref in ownership.keys
+        if _exempt(there, tenancy) or not (is_owned or any(r.column(tenancy.column) for r in there)):
             left_out.append(ref)
-        elif reason := _reason(one, other, tenancy):
+        elif reason := _reason(one, other, tenancy, is_owned) or ownership.unfit.get(ref):
             incomparable[ref] = reason
         elif one is not None and other is not None:
-            tables.append(_paired(one, other, tenancy))
+            owners = ownership.owners(ref, lambda table: _mapped(table, schemas), tenancy.column)
+            tables.append(_paired(one, other, None if owners else tenancy.column, owners))
     return Pairing(tuple(tables), _fingerprints(ours, theirs, schemas), incomparable, tuple(left_out))
+
+
+def _ownership(
+    ours: Mapping[TableRef, Relation], foreign_keys: Sequence[ForeignKey], tenancy: Tenancy
+) -> Ownership:
+    there = {ref: relation for ref, relation in ours.items() if not _exempt([relation], tenancy)}
+    tenants = {ref for ref, relation in there.items() if relation.column(tenancy.column)}
+    candidates = {ref: relation for ref, relation in there.items() if ref not in tenants}
+    return ownership_of(ours, foreign_keys, tenants, candidates)
+
+
+def _mapped(table: TableRef, schemas: Mapping[str, str]) -> TableRef:
+    return TableRef(schemas.get(table.schema, table.schema), table.name)
 
 
 def _is_whole(relation: Relation, schemas: Collection[str]) -> bool:
@@ -60,7 +82,7 @@ def _exempt(relations: Sequence[Relation], tenancy: Tenancy) -> bool:
     return any(str(relation.ref) in listed for relation in relations)
 
 
-def _reason(ours: Relation | None, theirs: Relation | None, tenancy: Tenancy) -> str | None:
+def _reason(ours: Relation | None, theirs: Relation | None, tenancy: Tenancy, is_owned: bool) -> str | None:
     """Why the rows of a tenant table cannot be compared."""
     if ours is None:
         return "is on the target only"
@@ -72,7 +94,7 @@ def _reason(ours: Relation | None, theirs: Relation | None, tenancy: Tenancy) ->
         return "has no key that is the same on both sides"
     if {c.name for c in _copied(ours)} != {c.name for c in _copied(theirs)}:
         return "has other columns on the target"
-    if ours.column(tenancy.column) is None or theirs.column(tenancy.column) is None:
+    if not is_owned and (ours.column(tenancy.column) is None or theirs.column(tenancy.column) is None):
         return f"has {tenancy.column} on one side only"
     return None
 
@@ -81,7 +103,9 @@ def _copied(relation: Relation) -> list[ColumnFacts]:
     return [column for column in relation.columns if not column.generated]
 
 
-def _paired(ours: Relation, theirs: Relation, tenancy: Tenancy) -> MovedTable:
+def _paired(
+    ours: Relation, theirs: Relation, tenant_column: str | None, owners: tuple[Owner, ...]
+) -> MovedTable:
     types = {column.name: column.type for column in theirs.columns}
     return MovedTable(
         source=ours.ref,
@@ -98,7 +122,8 @@ def _paired(ours: Relation, theirs: Relation, tenancy: Tenancy) -> MovedTable:
             for column in _copied(ours)
         ),
         key=ours.key,
-        tenant_column=tenancy.column,
+        tenant_column=tenant_column,
+        owners=owners,
     )
 
 

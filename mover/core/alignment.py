@@ -141,16 +141,22 @@ def operator_needed(stop: Collection[Difference], shape: Shape, tenant: TenantId
 
 
 def check_keys(before: Shape, now: Shape, tenant: TenantId) -> None:
-    """Raises SchemaChanged where rows are told apart by other columns than when the stream began."""
-    keys = {t.source: t.key for t in before.tables}
+    """Raises SchemaChanged where rows are told apart by other columns than when the stream began, or are the
+    tenant's by others."""
+    planned = {t.source: t for t in before.tables}
     for table in now.tables:
-        if keys.get(table.source, table.key) != table.key:
-            raise SchemaChanged(
-                f"the key of {table.source} is ({', '.join(table.key)}) now,"
-                f" and was ({', '.join(keys[table.source])}) when the migration was planned",
-                where=Where(tenant, table.source),
-                hint=_START_AGAIN,
+        was = planned.get(table.source, table)
+        if was.key != table.key:
+            what = (
+                f"the key of {table.source} is ({', '.join(table.key)}) now, and was ({', '.join(was.key)})"
             )
+        elif (was.tenant_column, was.owners) != (table.tenant_column, table.owners):
+            what = f"rows of {table.source} are the tenant's by other columns now than"
+        else:
+            continue
+        raise SchemaChanged(
+            f"{what} when the migration was planned", where=Where(tenant, table.source), hint=_START_AGAIN
+        )
 
 
 def copied_anew(
@@ -171,7 +177,13 @@ def copied_anew(
         if storage_before.get(str(ref)) not in (None, storage_now.get(str(ref)))
         or not _values_hold(old[ref], new[ref], unfilled)
     }
-    return frozenset(suspect | old.keys() ^ new.keys())
+    return _with_owned(suspect | old.keys() ^ new.keys(), now)
+
+
+def _with_owned(tables: Set[TableRef], shape: Shape) -> frozenset[TableRef]:
+    """These and all whose rows are the tenant's by rows of these."""
+    owned = {t.source for t in shape.tables if any(owner.source in tables for owner in t.owners)}
+    return frozenset(tables) if owned <= tables else _with_owned(tables | owned, shape)
 
 
 def _values_hold(old: MovedTable, new: MovedTable, unfilled: Set[tuple[TableRef, str]]) -> bool:

@@ -6,6 +6,7 @@ source did not send because the update left it alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias
@@ -13,12 +14,12 @@ from typing import Final, TypeAlias
 from mover.core.ids import Lsn, TableRef
 
 
-class _Unchanged(Enum):
+class Unchanged(Enum):
     UNCHANGED = "unchanged"
 
 
-UNCHANGED: Final = _Unchanged.UNCHANGED
-Value: TypeAlias = bytes | _Unchanged | None
+UNCHANGED: Final = Unchanged.UNCHANGED
+Value: TypeAlias = bytes | Unchanged | None
 Row: TypeAlias = list[Value]
 
 
@@ -81,6 +82,15 @@ class Truncated:
 
 
 @dataclass(slots=True)
+class Rehomed:
+    """A row to which owned rows refer changed its tenant, from or to ours; theirs do not change themselves.
+    Told by our row trigger."""
+
+    table: TableRef
+    rows: tuple[Mapping[str, str | None], ...]  # as it was and as it is: the referenced columns
+
+
+@dataclass(slots=True)
 class Message:
     transactional: bool
     lsn: Lsn
@@ -89,7 +99,7 @@ class Message:
 
 
 RowChange: TypeAlias = Insert | Update | Delete
-Change: TypeAlias = RowChange | Truncated
+Change: TypeAlias = RowChange | Truncated | Rehomed
 Decoded: TypeAlias = Begin | Commit | Insert | Update | Delete | Message | Relation
 
 

@@ -17,6 +17,7 @@ from mover.core.changes import (
     Change,
     Delete,
     Insert,
+    Rehomed,
     Relation,
     Row,
     RowChange,
@@ -44,9 +45,9 @@ class NetTable:
     deletes: dict[Key, Row] = field(default_factory=dict)  # present before; only the key's columns count
 
 
-def parts(changes: Iterable[Change]) -> Iterator[Truncated | list[RowChange]]:
+def parts(changes: Iterable[Change]) -> Iterator[Truncated | list[RowChange | Rehomed]]:
     """The changes in order, cut where a table was truncated: its tenant's rows go between two parts."""
-    part: list[RowChange] = []
+    part: list[RowChange | Rehomed] = []
     for change in changes:
         if isinstance(change, Truncated):
             if part:

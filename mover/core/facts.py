@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mover.core.ids import TableRef, TenantId
@@ -152,25 +152,25 @@ class Relation:
     def not_null(self) -> frozenset[str]:
         return frozenset(c.name for c in self.columns if c.not_null)
 
-    def identity_covers(self, tenant_column: str) -> bool:
-        """Whether UPDATE and DELETE already carry the tenant column and the key in the stream."""
+    def identity_covers(self, columns: Iterable[str]) -> bool:
+        """Whether UPDATE and DELETE already carry these columns and the key in the stream."""
         if self.replica_identity == "f":
             # Where generated columns are not published (ours are not), PostgreSQL 18 refuses such UPDATEs.
             return not (self.key and any(column.generated for column in self.columns))
         if not self.key:
             return False
-        needed = frozenset({tenant_column, *self.key})
+        needed = frozenset({*columns, *self.key})
         return any(
             index.identifies(needed, self.not_null)
             and (index.primary if self.replica_identity == "d" else index.replica_identity)
             for index in self.indexes
         )
 
-    def identity_candidate(self, tenant_column: str) -> IndexFacts | None:
+    def identity_candidate(self, columns: Iterable[str]) -> IndexFacts | None:
         """An existing index that can become the replica identity; the primary key first."""
         if not self.key:
             return None
-        needed = frozenset({tenant_column, *self.key})
+        needed = frozenset({*columns, *self.key})
         suitable = [i for i in self.indexes if i.identifies(needed, self.not_null)]
         return min(suitable, key=lambda i: (not i.primary, len(i.columns), i.name), default=None)
 
@@ -182,6 +182,8 @@ class ForeignKey:
     parent: TableRef
     child_columns: tuple[str, ...]
     parent_columns: tuple[str, ...]
+    deferrable: bool = False
+    validated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +279,8 @@ class Facts:
     missing_references: tuple[Dangling, ...] = ()
     foreign_children: tuple[Dangling, ...] = ()  # rows of other tenants that refer to the tenant's
     foreign_parents: tuple[Dangling, ...] = ()  # rows of the tenant that refer to other tenants'
+    # Rows of tables without the tenant column that are nobody's; None: could not be counted in time.
+    orphans: Mapping[TableRef, int | None] = field(default_factory=dict)
 
     @property
     def fresh(self) -> bool:

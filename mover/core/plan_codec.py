@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mover.core.ids import TableRef
-from mover.core.tables import Column, Finding, MovedTable, Plan, SequenceRef, Shape
+from mover.core.tables import Column, Finding, MovedTable, Owner, Plan, SequenceRef, Shape
 
 
 def encode_plan(plan: Plan) -> dict[str, Any]:
@@ -53,8 +53,21 @@ def _table(data: Mapping[str, Any]) -> MovedTable:
         "target": _ref(data["target"]),
         "columns": tuple(Column(**column) for column in data["columns"]),
         "key": tuple(data["key"]),
+        "owners": tuple(_owner(item) for item in data["owners"]),
+        "referenced": tuple(tuple(names) for names in data["referenced"]),
     }
     return MovedTable(**{**data, **nested})
+
+
+def _owner(data: Mapping[str, Any]) -> Owner:
+    nested = {
+        "source": _ref(data["source"]),
+        "target": _ref(data["target"]),
+        "columns": tuple(data["columns"]),
+        "referenced": tuple(data["referenced"]),
+        "owners": tuple(_owner(item) for item in data["owners"]),
+    }
+    return Owner(**{**data, **nested})
 
 
 def _sequence(data: Mapping[str, Any]) -> SequenceRef:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mover.core.ids import TableRef
+from mover.core.ids import Side, TableRef
 
 MAX_SCANNED_ROWS = 20_000  # of a table without a key, read within some ten milliseconds
 
@@ -26,21 +26,49 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """A foreign key that makes a row the tenant's, if the row that it refers to is."""
+
+    source: TableRef  # the table referred to, on both sides
+    target: TableRef
+    columns: tuple[str, ...]  # of the owned table
+    referenced: tuple[str, ...]  # what they refer to, in the same order
+    tenant_column: str | None  # of the table referred to; None where it is owned itself
+    owners: tuple[Owner, ...] = ()
+    deferrable: bool = False  # a row may come before the one that it refers to
+
+
+@dataclass(frozen=True, slots=True)
 class MovedTable:
-    """A tenant table: on both sides, its rows are those `WHERE tenant_column = T`."""
+    """On both sides, the tenant's rows are those `WHERE tenant_column = T`, or those with an owner of his."""
 
     source: TableRef
     target: TableRef
     columns: tuple[Column, ...]  # in the source's order
     key: tuple[str, ...]  # in index order; empty where only whole rows can be told apart
-    tenant_column: str
+    tenant_column: str | None
     estimated_rows: int = 0
     estimated_bytes: int = 0
+    owners: tuple[Owner, ...] = ()  # any of them makes a row the tenant's; only without a tenant column
+    referenced: tuple[tuple[str, ...], ...] = ()  # the columns by which owned tables refer to it
 
     @property
     def copied(self) -> tuple[Column, ...]:
         """The columns whose values travel."""
         return tuple(c for c in self.columns if not c.generated)
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What every change has to carry of the row before, the tenant column first; whole rows without
+        a key."""
+        tenant = (self.tenant_column,) if self.tenant_column else ()
+        return tuple(
+            dict.fromkeys((*tenant, *self.key, *(name for names in self.referenced for name in names)))
+        )
+
+    def holding(self, side: Side) -> Holding:
+        table = self.source if side is Side.SOURCE else self.target
+        return Holding(table, self.tenant_column, ties(self.owners, side), self.referenced)
 
     @property
     def is_quickly_compared(self) -> bool:
@@ -55,8 +83,50 @@ class MovedTable:
 
     @property
     def key_columns(self) -> tuple[Column, ...]:
+        return self.named(self.key)
+
+    def named(self, names: Iterable[str]) -> tuple[Column, ...]:
         by_name = {c.name: c for c in self.columns}
-        return tuple(by_name[name] for name in self.key)
+        return tuple(by_name[name] for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Which rows of a table on one side are the tenant's."""
+
+    table: TableRef
+    tenant_column: str | None
+    ties: tuple[Tie, ...] = ()
+    referenced: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """How many rows away the tenant column is."""
+        return max((tie.parent.depth + 1 for tie in self.ties), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """An owner on one side."""
+
+    parent: Holding
+    columns: tuple[str, ...]
+    referenced: tuple[str, ...]
+
+
+def ties(owners: Iterable[Owner], side: Side) -> tuple[Tie, ...]:
+    return tuple(
+        Tie(
+            Holding(
+                owner.source if side is Side.SOURCE else owner.target,
+                owner.tenant_column,
+                ties(owner.owners, side),
+            ),
+            owner.columns,
+            owner.referenced,
+        )
+        for owner in owners
+    )
 
 
 @dataclass(frozen=True, slots=True)

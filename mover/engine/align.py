@@ -56,7 +56,7 @@ class Alignment:
             await self.store.save_note(self.claim, STORAGE, storage)
         if anew:
             await self.say(f"the source's schema changed: copied anew: {', '.join(map(str, sorted(anew)))}")
-            await self.site.forget_copies(anew, self.say)
+            await self.site.forget_copies(aligned.shape, anew, self.say)
             await self._note_anew(())
         self.stamp = aligned.stamp
         return plan

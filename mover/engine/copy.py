@@ -8,6 +8,9 @@ workers, and lets the applier go on, now for the new ranges as well. So at every
 A wave ends after `wave_seconds`, so that no snapshot holds back the source's vacuum for hours. Resuming
 after a pause or a crash is just another wave: finished chunks stay, since each was recorded in the
 transaction that wrote its rows.
+
+A table whose rows are the tenant's by those of others is copied after these: whether a change of it concerns
+the tenant is asked of the target.
 """
 
 from __future__ import annotations
@@ -56,10 +59,13 @@ class WaveCopy:
         await self.build_keys([t for t in self.shape.tables if any(c.done for c in chunks.get(t.source, ()))])
 
     async def _remaining(self) -> list[Work | MovedTable]:
-        """Chunks not yet copied, and tables not yet split into chunks."""
+        """Chunks not yet copied, and tables not yet split into chunks, of tables whose owners are there."""
         chunks = await self.copier.chunks()
+        there = {table for table, found in chunks.items() if all(c.done for c in found)}
         remaining: list[Work | MovedTable] = []
         for table in self.shape.tables:
+            if any(owner.source not in there for owner in table.owners):
+                continue
             if table.source not in chunks:
                 remaining.append(table)
             remaining += [(table, c) for c in chunks.get(table.source, ()) if not c.done]

@@ -33,7 +33,7 @@ def unfit_root(facts: Facts, root: Relation) -> Iterator[Finding]:
             " made while the tenant moves would fail for every tenant",
             f"Make {column} a part of {root.ref}'s primary key, immediate and not DEFERRABLE.",
         )
-    elif not root.identity_covers(column):
+    elif not root.identity_covers([column]):
         yield _identity(root, column)
 
 
@@ -76,7 +76,7 @@ def unfit_partition(facts: Facts, partition: Relation, root: Relation | None) ->
             f'ALTER ROLE "{role}" BYPASSRLS;',
         )
     has_key = any(i.primary and column in i.columns for i in partition.indexes)  # else the root's is said
-    if partition.kind == "r" and has_key and not partition.identity_covers(column):
+    if partition.kind == "r" and has_key and not partition.identity_covers([column]):
         yield _identity(partition, column)
 
 

@@ -51,13 +51,14 @@ def judge_again(facts: Facts, before: Shape) -> tuple[Shape, tuple[Finding, ...]
 def _shape(facts: Facts, classes: Classes, ordered: list[Relation]) -> Shape:
     return Shape(
         schemas=dict(facts.schemas),
-        tables=tuple(_moved_table(facts, relation) for relation in ordered),
+        tables=tuple(_moved_table(facts, classes, relation) for relation in ordered),
         sequences=_sequences(facts, classes),
         fresh=facts.fresh,
     )
 
 
-def _moved_table(facts: Facts, relation: Relation) -> MovedTable:
+def _moved_table(facts: Facts, classes: Classes, relation: Relation) -> MovedTable:
+    column, ownership = facts.tenancy.column, classes.ownership
     rows = facts.rows.get(relation.ref)
     return MovedTable(
         source=relation.ref,
@@ -75,9 +76,11 @@ def _moved_table(facts: Facts, relation: Relation) -> MovedTable:
             for column in relation.columns
         ),
         key=relation.key,
-        tenant_column=facts.tenancy.column,
+        tenant_column=None if classes.is_owned(relation) else column,
         estimated_rows=rows.rows if rows else 0,
         estimated_bytes=rows.bytes if rows else 0,
+        owners=ownership.owners(relation.ref, facts.mapped, column),
+        referenced=ownership.referenced(relation.ref),
     )
 
 
@@ -92,7 +95,6 @@ def _sequences(facts: Facts, classes: Classes) -> tuple[SequenceRef, ...]:
 
 
 def _shown_facts(facts: Facts, classes: Classes) -> dict[str, object]:
-    column = facts.tenancy.column
     return {
         "source": _shown_server(facts.source.server),
         "target": _shown_server(facts.target.server),
@@ -100,7 +102,9 @@ def _shown_facts(facts: Facts, classes: Classes) -> dict[str, object]:
         "rows": sum(r.rows for r in facts.rows.values()),
         "bytes": sum(r.bytes for r in facts.rows.values()),
         "rows_exact": all(r.exact for r in facts.rows.values()),
-        "replica_identity_changes": [str(r.ref) for r in classes.moved if not r.identity_covers(column)],
+        "replica_identity_changes": [
+            str(r.ref) for r in classes.moved if not r.identity_covers(classes.identity(r))
+        ],
     }
 
 

@@ -272,6 +272,17 @@ def _count(count: int | None, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def _orphans(facts: Facts, _: Classes) -> Iterator[Finding]:
+    for table, count in sorted(facts.orphans.items()):
+        yield Finding(
+            "orphans",
+            f"{_count(count, 'row')} of {table} refer to nothing that says whose they are",
+            "They are nobody's, and stay on the source.",
+            table=table,
+            warning=True,
+        )
+
+
 def _existing_target(facts: Facts, classes: Classes) -> Iterator[Finding]:
     if facts.fresh:
         return
@@ -337,11 +348,13 @@ def _ownership(facts: Facts, classes: Classes) -> Iterator[Finding]:
 
 def _identity_indexes(facts: Facts, classes: Classes) -> Iterator[Finding]:
     """Where a replica identity has to be built, the table's schema has to let us."""
-    column, role = facts.tenancy.column, facts.source.server.role
+    role = facts.source.server.role
     building = [
         r
         for r in classes.moved
-        if r.key and not r.identity_covers(column) and r.identity_candidate(column) is None
+        if r.key
+        and not r.identity_covers(classes.identity(r))
+        and r.identity_candidate(classes.identity(r)) is None
     ]
     for schema in sorted({r.ref.schema for r in building} & facts.source.closed_schemas):
         yield Finding(
@@ -375,13 +388,13 @@ def _subscriptions(facts: Facts, classes: Classes) -> Iterator[Finding]:
 
 def _publications(facts: Facts, classes: Classes) -> Iterator[Finding]:
     """Those whose UPDATEs would fail, for every tenant, under the replica identity that we need."""
-    column = facts.tenancy.column
     for relation in classes.moved:
-        if relation.identity_covers(column):
+        needed = classes.identity(relation)
+        if relation.identity_covers(needed):
             continue
-        candidate = relation.identity_candidate(column)
+        candidate = relation.identity_candidate(needed)
         key = relation.key or [c.name for c in relation.columns]
-        identity = set(candidate.columns) if candidate else {column, *key}
+        identity = set(candidate.columns) if candidate else {*needed, *key}
         for publication in facts.source.publications:
             if publication.table == relation.ref and _breaks(publication, identity):
                 yield Finding(
@@ -473,6 +486,7 @@ CHECKS: tuple[Callable[[Facts, Classes], Iterator[Finding]], ...] = (
     _foreign_keys_from_outside,
     _references,
     _across_tenants,
+    _orphans,
     _existing_target,
     _subscriptions,
     _publications,

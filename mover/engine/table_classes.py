@@ -1,5 +1,5 @@
-"""Which class each relation of the moved schemas is in: tenant, partition, reference, ignored or refused.
-Pure."""
+"""Which class each relation of the moved schemas is in: tenant, owned, partition, reference, ignored or
+refused. Pure."""
 
 from __future__ import annotations
 
@@ -8,18 +8,30 @@ from dataclasses import dataclass, replace
 
 from mover.core.facts import Facts, ForeignKey, Relation
 from mover.core.ids import TableRef
+from mover.core.ownership import Ownership, find_ownership
 from mover.core.tables import MAX_SCANNED_ROWS, Finding
 from mover.engine.partitions import unfit_partition, unfit_root
 
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """`moved` are the tenant tables without a reason to refuse them; `partitions` store their rows."""
+    """`moved` are the tenant and owned tables without a reason to refuse them; `partitions` store their
+    rows."""
 
     moved: tuple[Relation, ...]
     partitions: tuple[Relation, ...]
     names: Mapping[TableRef, str]
     findings: tuple[Finding, ...]
+    ownership: Ownership
+    tenant_column: str
+
+    def is_owned(self, relation: Relation) -> bool:
+        return relation.ref in self.ownership.keys
+
+    def identity(self, relation: Relation) -> tuple[str, ...]:
+        """What changes have to carry in the stream beside the key."""
+        referenced = (name for names in self.ownership.referenced(relation.ref) for name in names)
+        return (*(() if self.is_owned(relation) else (self.tenant_column,)), *referenced)
 
     @property
     def touched(self) -> tuple[Relation, ...]:
@@ -31,31 +43,34 @@ def classify(facts: Facts) -> Classes:
     moved: list[Relation] = []
     names: dict[TableRef, str] = {}
     findings: list[Finding] = []
-    owned = _owned_tables(facts)
+    ownership = find_ownership(facts)
     for relation in facts.source.relations:
         if relation.kind == "v":
             continue
-        reasons = list(_reasons(facts, relation, owned))
+        reasons = list(_reasons(facts, relation, ownership))
         findings += reasons
-        names[relation.ref] = _class(facts, relation, any(not r.warning for r in reasons))
-        if names[relation.ref] == "tenant":
+        is_refused = any(not reason.warning for reason in reasons)
+        names[relation.ref] = _class(facts, relation, ownership, is_refused)
+        if names[relation.ref] in ("tenant", "owned"):
             moved.append(relation)
     roots = {relation.ref for relation in moved}
     partitions = tuple(r for r in facts.source.relations if r.root in roots)
-    return Classes(tuple(moved), partitions, names, tuple(findings))
+    return Classes(tuple(moved), partitions, names, tuple(findings), ownership, facts.tenancy.column)
 
 
-def _class(facts: Facts, relation: Relation, refused: bool) -> str:
-    if refused:
+def _class(facts: Facts, relation: Relation, ownership: Ownership, is_refused: bool) -> str:
+    if is_refused:
         return "refused"
     if relation.root is not None:
         return "partition"
     if facts.listed(relation.ref, facts.tenancy.reference_tables):
         return "reference"
+    if relation.ref in ownership.keys:
+        return "owned"
     return "tenant" if facts.is_tenant_table(relation) else "ignored"
 
 
-def _reasons(facts: Facts, relation: Relation, owned: frozenset[TableRef]) -> Iterator[Finding]:
+def _reasons(facts: Facts, relation: Relation, ownership: Ownership) -> Iterator[Finding]:
     if relation.root is not None:
         yield from unfit_partition(facts, relation, facts.source.relation(relation.root))
         return
@@ -74,38 +89,47 @@ def _reasons(facts: Facts, relation: Relation, owned: frozenset[TableRef]) -> It
         yield _refusal(relation, "foreign_table", "is a foreign table", _exempting(relation))
     elif facts.is_tenant_table(relation):
         yield from _unfit(facts, relation)
-    elif relation.ref in owned:
-        yield _refusal(
-            relation,
-            "owned_table",
-            "belongs to the tenant by foreign keys only: rows owned through foreign keys are not"
-            " supported by this version",
-            f"Give it the column {facts.tenancy.column}.",
-        )
+    elif relation.ref in ownership.keys:
+        yield from _unfit_owned(facts, relation, ownership)
     else:
         yield _refusal(
             relation, "no_tenant_column", f"has no column {facts.tenancy.column}", _exempting(relation)
         )
 
 
+def _unfit_owned(facts: Facts, relation: Relation, ownership: Ownership) -> Iterator[Finding]:
+    """Why a table whose rows are the tenant's by foreign keys cannot be moved."""
+    if why := ownership.unfit.get(relation.ref):
+        yield _refusal(
+            relation,
+            "owned_table",
+            f"belongs to the tenant by foreign keys only, and {why}",
+            f"Give it the column {facts.tenancy.column}.",
+        )
+    else:
+        yield _owned(facts, relation, ownership)
+    yield from _unfit_storage(facts, relation)
+
+
+def _owned(facts: Facts, relation: Relation, ownership: Ownership) -> Finding:
+    parents = ", ".join(sorted({str(key.parent) for key in ownership.keys[relation.ref]}))
+    return replace(
+        _refusal(
+            relation,
+            "owned_rows",
+            f"belongs to the tenant by foreign keys to {parents}: while the tenant moves, everybody's writes"
+            " to it look that up, and all of them are read from the stream",
+            f"Give it the column {facts.tenancy.column} where that costs too much.",
+        ),
+        warning=True,
+    )
+
+
 def _unfit(facts: Facts, relation: Relation) -> Iterator[Finding]:
     """Why a table with the tenant column cannot be moved."""
-    if relation.inherits:
-        yield _refusal(
-            relation,
-            "inheritance",
-            "is part of an inheritance tree, whose rows stand in several tables",
-            f"Partition it instead, or end it with ALTER TABLE {relation.ref} NO INHERIT …;",
-        )
+    yield from _unfit_storage(facts, relation)
     if relation.kind == "p":
         yield from unfit_root(facts, relation)
-    if relation.persistence != "p":
-        yield _refusal(
-            relation,
-            "unlogged",
-            "is unlogged: its changes are not in the WAL",
-            f"ALTER TABLE {relation.ref} SET LOGGED;",
-        )
     if relation.kind == "r" and not relation.key:
         yield _keyless(facts, relation)
     column = relation.column(facts.tenancy.column)
@@ -122,6 +146,24 @@ def _unfit(facts: Facts, relation: Relation) -> Iterator[Finding]:
             "tenant_column_type",
             f"has {column.name} of type {column.type}",
             "The tenant column must be uuid, text or character varying.",
+        )
+
+
+def _unfit_storage(facts: Facts, relation: Relation) -> Iterator[Finding]:
+    """Why nobody's rows of the table could be moved."""
+    if relation.inherits:
+        yield _refusal(
+            relation,
+            "inheritance",
+            "is part of an inheritance tree, whose rows stand in several tables",
+            f"Partition it instead, or end it with ALTER TABLE {relation.ref} NO INHERIT …;",
+        )
+    if relation.persistence != "p":
+        yield _refusal(
+            relation,
+            "unlogged",
+            "is unlogged: its changes are not in the WAL",
+            f"ALTER TABLE {relation.ref} SET LOGGED;",
         )
     if relation.row_security:
         role = facts.source.server.role
@@ -168,27 +210,6 @@ def _exempting(relation: Relation) -> str:
         f'tenancy.reference_tables += ["{relation.ref}"] when it is the same on both sides,'
         f' or tenancy.ignore_tables += ["{relation.ref}"] to leave it behind.'
     )
-
-
-def _owned_tables(facts: Facts) -> frozenset[TableRef]:
-    """Tables without the tenant column from which a chain of foreign keys leads to a tenant table."""
-    reached = {r.ref for r in facts.source.relations if facts.is_tenant_table(r)}
-    exempt = facts.tenancy.reference_tables | facts.tenancy.ignore_tables
-    candidates = {
-        r.ref
-        for r in facts.source.relations
-        if r.ref not in reached
-        and not facts.listed(r.ref, exempt)
-        and r.kind in ("r", "p")
-        and r.root is None
-    }
-    owned: set[TableRef] = set()
-    growing = True
-    while growing:
-        children = {k.child for k in facts.source.foreign_keys if k.parent in reached | owned}
-        growing = not children & candidates <= owned
-        owned |= children & candidates
-    return frozenset(owned)
 
 
 def parents_first(

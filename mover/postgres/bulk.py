@@ -19,7 +19,7 @@ from mover.core.copying import Chunk, Key
 from mover.core.errors import Unreachable, first_error
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.tables import MovedTable, Shape
-from mover.postgres import owner, ranges
+from mover.postgres import holdings, owner, ranges
 from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
 
@@ -74,12 +74,11 @@ class BulkCopier:
         in_any_order = self._shape.fresh or not table.key
         order = sql.SQL("") if in_any_order else sql.SQL(" ORDER BY {}")
         return (
-            sql.SQL("SELECT {} FROM {} AS t WHERE t.{} = {} AND {}{}")
+            sql.SQL("SELECT {} FROM {} AS t WHERE {} AND {}{}")
             .format(
                 ranges.columns(table.copied, "t"),
-                sql.Identifier(table.source.schema, table.source.name),
-                sql.Identifier(table.tenant_column),
-                sql.Literal(str(self._tenant)),
+                holdings.named(table.source),
+                holdings.is_tenants(table.holding(Side.SOURCE), "t", self._tenant),
                 ranges.in_range(table, "t", chunk.lo, chunk.hi, Side.SOURCE),
                 order.format(ranges.order_key(table, "t")),
             )
@@ -108,16 +107,15 @@ class BulkCopier:
         texts = sql.SQL(", ").join(sql.SQL("t.{}::text").format(sql.Identifier(name)) for name in table.key)
         query = sql.SQL(
             "SELECT {texts} FROM (SELECT {names}, row_number() OVER (ORDER BY {key}) AS {n}"
-            " FROM {table} AS t WHERE t.{tenant} = {value}) AS t"
+            " FROM {table} AS t WHERE {tenant}) AS t"
             " WHERE mod({n}, {per_chunk}) = 0 ORDER BY {n}"
         ).format(
             texts=texts,
             names=ranges.columns(table.key_columns, "t"),
             key=key,
             n=sql.Identifier(table.spare("mover_n")),
-            table=sql.Identifier(table.source.schema, table.source.name),
-            tenant=sql.Identifier(table.tenant_column),
-            value=sql.Literal(str(self._tenant)),
+            table=holdings.named(table.source),
+            tenant=holdings.is_tenants(table.holding(Side.SOURCE), "t", self._tenant),
             per_chunk=sql.Literal(per_chunk),
         )
         async with self._source.connect("chunks") as conn, conn.transaction():

@@ -87,7 +87,7 @@ async def read_side(conn: Connection, schemas: Collection[str], label: str) -> S
         closed_schemas=frozenset(row["name"] for row in await rows(conn, "closed_schemas", **names)),
         unfinished_clones=frozenset(filter(None, map(migration_that_made, comments.values()))),
         relations=await read_relations(conn, schemas),
-        foreign_keys=tuple(_foreign_key(row) for row in await rows(conn, "foreign_keys", **names)),
+        foreign_keys=await read_foreign_keys(conn, schemas),
         sequences=tuple(_sequence(row) for row in await rows(conn, "sequences", **names)),
         publications=tuple(_publication(row) for row in await rows(conn, "publications", **names)),
         subscriptions=tuple(
@@ -132,6 +132,10 @@ async def read_relations(conn: Connection, schemas: Collection[str]) -> tuple[Re
     )
 
 
+async def read_foreign_keys(conn: Connection, schemas: Collection[str]) -> tuple[ForeignKey, ...]:
+    return tuple(_foreign_key(row) for row in await rows(conn, "foreign_keys", schemas=list(schemas)))
+
+
 async def read_relation(conn: Connection, table: TableRef) -> Relation | None:
     """One table, or None when it is not there."""
     return next((r for r in await read_relations(conn, [table.schema]) if r.ref == table), None)
@@ -143,6 +147,12 @@ async def existing_tables(conn: Connection, tables: Sequence[TableRef]) -> Mappi
         conn, "existing_tables", schemas=[t.schema for t in tables], names=[t.name for t in tables]
     )
     return {TableRef(row["schema"], row["name"]): frozenset(row["privileges"]) for row in found}
+
+
+async def tables_with_column(conn: Connection, schemas: Collection[str], column: str) -> list[TableRef]:
+    """Tables, but no partitions."""
+    found = await rows(conn, "tables_with_column", schemas=list(schemas), column=column)
+    return [TableRef(row["schema"], row["name"]) for row in found]
 
 
 def _by_relation(found: Sequence[Row]) -> Mapping[int, list[Row]]:
@@ -177,6 +187,8 @@ def _foreign_key(row: Row) -> ForeignKey:
         parent=TableRef(row["parent_schema"], row["parent_name"]),
         child_columns=tuple(row["child_columns"]),
         parent_columns=tuple(row["parent_columns"]),
+        deferrable=row["deferrable"],
+        validated=row["validated"],
     )
 
 

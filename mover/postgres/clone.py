@@ -20,8 +20,10 @@ from mover.core import ddl
 from mover.core.ddl import Created, Statement
 from mover.core.errors import LockNotAvailable, Refused, first_error
 from mover.core.ids import MigrationId, TableRef, TenantId
+from mover.core.tables import Holding
 from mover.postgres import catalog, owner, pg_dump
 from mover.postgres.connect import Database
+from mover.postgres.holdings import is_tenants, named
 from mover.postgres.locks import with_lock_timeout
 from mover.sql import load
 
@@ -278,10 +280,11 @@ async def drop_clone(
     target: Database,
     schemas: Collection[str],
     migration: MigrationId,
-    tenant_column: str,
+    held: Sequence[Holding],
     tenant: TenantId,
 ) -> bool:
-    """Drop the target's `schemas` if this migration made all of them and nobody else has rows there.
+    """Drop the target's `schemas` if this migration made all of them and nobody else has rows there; `held`
+    are the tables that may have the tenant's.
 
     Says whether they are gone. If not, they are no longer marked as ours, and the tenant's rows are left
     to be deleted one by one."""
@@ -292,7 +295,7 @@ async def drop_clone(
                 await _hold(conn, target)
                 there = await catalog.existing_schemas(conn, schemas)
                 mine = {name: c for name, c in there.items() if c is not None and _made_by(c, migration)}
-                if mine.keys() != there.keys() or await _others_have_rows(conn, mine, tenant_column, tenant):
+                if mine.keys() != there.keys() or await _others_have_rows(conn, mine, held, tenant):
                     await _unmark(conn, mine)
                     return False
                 for schema in mine:
@@ -303,22 +306,18 @@ async def drop_clone(
 
 
 async def _others_have_rows(
-    conn: Connection, schemas: Collection[str], tenant_column: str, tenant: TenantId
+    conn: Connection, schemas: Collection[str], held: Sequence[Holding], tenant: TenantId
 ) -> bool:
     """Whether a table of the schemas holds anything but the tenant's rows. Nobody can add one afterwards:
     the tables stay locked until the transaction ends."""
-    column = sql.Identifier(tenant_column)
-    for relation in await catalog.read_relations(conn, schemas):
-        if relation.kind not in ("r", "p"):
-            continue
-        table = sql.Identifier(relation.ref.schema, relation.ref.name)
-        await conn.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(table))
-        others = (
-            sql.SQL("{}::text <> {}").format(column, sql.Literal(str(tenant)))
-            if relation.column(tenant_column) is not None
-            else sql.SQL("true")
-        )
-        query = sql.SQL("SELECT 1 FROM {} WHERE {} LIMIT 1").format(table, others)
+    holdings = {holding.table: holding for holding in held}
+    relations = await catalog.read_relations(conn, schemas)
+    tables = [r.ref for r in relations if r.kind in ("r", "p") and r.root is None]
+    for table in tables:
+        await conn.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(named(table)))
+    for table in tables:
+        ours = is_tenants(holdings[table], "t", tenant) if table in holdings else sql.SQL("false")
+        query = sql.SQL("SELECT 1 FROM {} AS t WHERE ({}) IS NOT TRUE LIMIT 1").format(named(table), ours)
         if await (await conn.execute(query)).fetchone() is not None:
             return True
     return False

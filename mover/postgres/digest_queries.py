@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from psycopg import sql
 
 from mover.core.ids import Side, TableRef, TenantId
-from mover.core.tables import Column, MovedTable
+from mover.core.tables import Column, Holding, MovedTable
 from verify.leaves import Key, KeyRange, KeySet, Part
 
 # Types whose own order COLLATE replaces; others (citext) compare by a rule of their own.
@@ -116,8 +116,7 @@ class DigestQueries:
         )
 
     def _where(self, part: Part) -> sql.Composed:
-        tenant_column = sql.Identifier("t", self.table.tenant_column)
-        conditions = [_compose("{} = {}", tenant_column, sql.Literal(str(self.tenant)))]
+        conditions = [_belongs(self.table.holding(self.side), self.tenant)]
         if isinstance(part, KeyRange):
             if part.after is not None:
                 conditions.append(_compose("({}) > ({})", self._order(), self._bound(part.after)))
@@ -175,10 +174,10 @@ class WholeRowQueries(DigestQueries):
         return False
 
     def _from(self) -> sql.Composed:
-        tenant_column = sql.Identifier("t", self.table.tenant_column)
+        assert self.table.tenant_column is not None  # owned tables have a key
         rows = _compose(
             "SELECT {tenant}, {digest} AS {row} FROM {name} AS t WHERE {tenant} = {value}",
-            tenant=tenant_column,
+            tenant=sql.Identifier("t", self.table.tenant_column),
             digest=_digest(_column(column) for column in self.rows_of.copied),
             row=_name(_ROW.name),
             name=sql.Identifier(self.name.schema, self.name.name),
@@ -201,6 +200,30 @@ def queries_of(table: MovedTable, side: Side, tenant: TenantId, bytewise: frozen
         return DigestQueries(table, side, tenant, bytewise)
     keyed = replace(table, columns=(_ROW, _NUMBER), key=(_ROW.name, _NUMBER.name))
     return WholeRowQueries(keyed, side, tenant, bytewise, table)
+
+
+def _belongs(holding: Holding, tenant: TenantId, depth: int = 0) -> sql.Composed:
+    """Whether the row is the tenant's, by its own column or by one of those that it refers to."""
+    row = f"p{depth}" if depth else "t"
+    if holding.tenant_column is not None:
+        return _compose("{} = {}", sql.Identifier(row, holding.tenant_column), sql.Literal(str(tenant)))
+    parent = f"p{depth + 1}"
+    chains = []
+    for tie in holding.ties:
+        refers = sql.SQL(" AND ").join(
+            _compose("{} = {}", sql.Identifier(parent, theirs), sql.Identifier(row, ours))
+            for ours, theirs in zip(tie.columns, tie.referenced, strict=True)
+        )
+        chains.append(
+            _compose(
+                "EXISTS (SELECT 1 FROM {} AS {} WHERE {} AND {})",
+                sql.Identifier(tie.parent.table.schema, tie.parent.table.name),
+                _name(parent),
+                refers,
+                _belongs(tie.parent, tenant, depth + 1),
+            )
+        )
+    return _compose("({})", sql.SQL(" OR ").join(chains))
 
 
 def _digest(values: Iterable[sql.Composable]) -> sql.Composed:

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from psycopg import errors, sql
 
@@ -25,9 +26,11 @@ from mover.core.facts import (
     SideFacts,
     Tenancy,
 )
-from mover.core.ids import TableRef, TenantId
+from mover.core.ids import Side, TableRef, TenantId
 from mover.core.migration import Place
-from mover.postgres import catalog
+from mover.core.ownership import Ownership, find_ownership
+from mover.core.tables import Holding, ties
+from mover.postgres import catalog, holdings
 from mover.postgres.catalog import Connection
 from mover.postgres.connect import Database
 from mover.postgres.errors import translate
@@ -94,7 +97,7 @@ class _Gathering:
         outside = await self._parents_outside()
         return replace(
             self.base,
-            rows={r.ref: await self._rows(r.ref) for r in self._tenant_tables(self.base.source)},
+            rows={r.ref: await self._rows(r.ref) for r in self._readable},
             target_tenant_tables=await self._target_tenant_tables(),
             parents_outside=outside,
             differences=await self._differences(),
@@ -102,25 +105,46 @@ class _Gathering:
             foreign_children=await self._across_tenants(of_child=False),
             foreign_parents=await self._across_tenants(of_child=True),
             collisions=await self._collisions(),
+            orphans=await self._orphans(),
         )
 
-    def _tenant_tables(self, side: SideFacts) -> list[Relation]:
-        """Those whose rows can be looked at."""
-        column = self.base.tenancy.column
-        elsewhere = {r.root for r in side.relations if r.kind == "f"}  # another server would be asked
-        return [
-            r
-            for r in side.relations
-            if self.base.is_tenant_table(r)
-            and r.ref not in elsewhere
-            and "SELECT" in r.privileges
-            and not r.row_security
-            and any(c.can_name_tenants for c in r.columns if c.name == column)
-        ]
+    @cached_property
+    def _ownership(self) -> Ownership:
+        return find_ownership(self.base)
 
-    def _is_tenants(self, column: str) -> sql.Composed:
-        """The tenant's literal takes the column's type."""
-        return sql.SQL("{} = {}").format(sql.Identifier(column), sql.Literal(str(self.base.tenant)))
+    @cached_property
+    def _readable(self) -> list[Relation]:
+        """The source's tables whose rows move and can be looked at."""
+        readable = {r.ref: r for r in self.base.source.relations if self._is_readable(r)}
+        for table, keys in self._ownership.keys.items():  # owners come first
+            if not all(key.parent in readable for key in keys):
+                readable.pop(table, None)
+        return list(readable.values())
+
+    def _is_readable(self, relation: Relation) -> bool:
+        column = relation.column(self.base.tenancy.column)
+        elsewhere = {r.root for r in self.base.source.relations if r.kind == "f"}  # another server's
+        is_tenants = self.base.is_tenant_table(relation) and column is not None and column.can_name_tenants
+        return (
+            (is_tenants or relation.ref in self._ownership.keys)
+            and relation.ref not in elsewhere
+            and "SELECT" in relation.privileges
+            and not relation.row_security
+        )
+
+    @cached_property
+    def _moved(self) -> frozenset[TableRef]:
+        """Also those that our role may not read."""
+        tenants = {r.ref for r in self.base.source.relations if self.base.is_tenant_table(r)}
+        return frozenset(tenants | self._ownership.keys.keys())
+
+    def _is_tenants(self, table: TableRef, alias: str, side: Side = Side.SOURCE) -> sql.Composed:
+        """The condition for rows of the source's `table`, or its twin on the target."""
+        column = self.base.tenancy.column
+        owners = self._ownership.owners(table, self.base.mapped, column)
+        there = table if side is Side.SOURCE else self.base.mapped(table)
+        holding = Holding(there, None if owners else column, ties(owners, side))
+        return holdings.is_tenants(holding, alias, self.base.tenant)
 
     async def _rows(self, table: TableRef) -> Rows:
         column = self.base.tenancy.column
@@ -132,12 +156,13 @@ class _Gathering:
             column=column,
             value=str(self.base.tenant),
         )
-        where = sql.SQL("FROM {} WHERE {}").format(
-            sql.Identifier(table.schema, table.name), self._is_tenants(column)
-        )
+        where = sql.SQL("FROM {} AS t WHERE {}").format(holdings.named(table), self._is_tenants(table, "t"))
         counted = await self.source.bounded(COUNT_TIMEOUT_S, sql.SQL("SELECT count(*) {}").format(where))
-        estimate = round(size["tuples"] * size["share"]) if size["share"] is not None else 0
-        number = counted if counted is not None else estimate
+        number = counted
+        if number is None and table in self._ownership.keys:
+            number = await self._planned_rows(where)
+        elif number is None:
+            number = round(size["tuples"] * size["share"]) if size["share"] is not None else 0
         exists = bool(number)
         if counted is None:
             query = sql.SQL("SELECT (SELECT true {} LIMIT 1) IS NOT NULL").format(where)
@@ -146,15 +171,23 @@ class _Gathering:
         tuples = max(size["tuples"], number, 1)
         return Rows(number, round(size["bytes"] * number / tuples), counted is not None, exists)
 
+    async def _planned_rows(self, where: sql.Composed) -> int:
+        """What the source's planner expects."""
+        with translate(self.source.label):
+            cursor = await self.source.conn.execute(sql.SQL("EXPLAIN (FORMAT JSON) SELECT {}").format(where))
+            row = await cursor.fetchone()
+        assert row is not None
+        return int(row[0][0]["Plan"]["Plan Rows"])
+
     async def _target_tenant_tables(self) -> tuple[TableRef, ...]:
+        """Rows of an owned table are nobody's without those of its owners."""
         found = []
-        moved = {self.base.mapped(r.ref) for r in self._tenant_tables(self.base.source)}
-        for relation in self._tenant_tables(self.base.target):
-            if relation.ref not in moved:
+        for ref in (r.ref for r in self._readable if r.ref not in self._ownership.keys):
+            relation = self.base.target.relation(self.base.mapped(ref))
+            if relation is None or "SELECT" not in relation.privileges or relation.row_security:
                 continue
-            query = sql.SQL("SELECT (SELECT true FROM {} WHERE {} LIMIT 1) IS NOT NULL").format(
-                sql.Identifier(relation.ref.schema, relation.ref.name),
-                self._is_tenants(self.base.tenancy.column),
+            query = sql.SQL("SELECT (SELECT true FROM {} AS t WHERE {} LIMIT 1) IS NOT NULL").format(
+                holdings.named(relation.ref), self._is_tenants(ref, "t", Side.TARGET)
             )
             if await self.target.bounded(EXISTS_TIMEOUT_S, query):
                 found.append(relation.ref)
@@ -169,12 +202,13 @@ class _Gathering:
 
     def _references(self) -> list[ForeignKey]:
         """Foreign keys from moved tables to tables that are not moved."""
-        moved = {r.ref for r in self._tenant_tables(self.base.source)}
-        return [k for k in self.base.source.foreign_keys if k.child in moved and k.parent not in moved]
+        readable = {r.ref for r in self._readable}
+        keys = self.base.source.foreign_keys
+        return [k for k in keys if k.child in readable and k.parent not in self._moved]
 
     async def _parents_outside(self) -> Mapping[TableRef, frozenset[str]]:
-        """Of every tenant table, also of one that our role may not read."""
-        moved = {r.ref for r in self.base.source.relations if self.base.is_tenant_table(r)}
+        """Of every moved table, also of one that our role may not read."""
+        moved = self._moved
         keys = [k for k in self.base.source.foreign_keys if k.child in moved and k.parent not in moved]
         parents = sorted({self.base.mapped(key.parent) for key in keys})
         return await catalog.existing_tables(self.target.conn, parents)
@@ -194,10 +228,10 @@ class _Gathering:
     def _referenced_values(self, key: ForeignKey) -> sql.Composed:
         columns = [sql.Identifier(c) for c in key.child_columns]
         given = [sql.SQL("{} IS NOT NULL").format(c) for c in columns]
-        return sql.SQL("SELECT DISTINCT {} FROM {} WHERE {}").format(
+        return sql.SQL("SELECT DISTINCT {} FROM {} AS t WHERE {}").format(
             sql.SQL(", ").join(columns),
-            sql.Identifier(key.child.schema, key.child.name),
-            sql.SQL(" AND ").join([self._is_tenants(self.base.tenancy.column), *given]),
+            holdings.named(key.child),
+            sql.SQL(" AND ").join([self._is_tenants(key.child, "t"), *given]),
         )
 
     async def _referenced(self, key: ForeignKey) -> int | None:
@@ -218,24 +252,53 @@ class _Gathering:
     async def _across_tenants(self, *, of_child: bool) -> tuple[Dangling, ...]:
         """Rows that refer across tenants: the tenant's own (`of_child`), or others' to the tenant's."""
         column = self.base.tenancy.column
-        moved = {r.ref for r in self._tenant_tables(self.base.source)}
+        readable = {r.ref for r in self._readable}
         found = []
         for key in self.base.source.foreign_keys:
             pairs = zip(key.child_columns, key.parent_columns, strict=True)
-            if key.child not in moved or key.parent not in moved or (column, column) in pairs:
+            is_owner = self._ownership.keys.get(key.child) == (key,)
+            if not {key.child, key.parent} <= readable or (column, column) in pairs or is_owner:
                 continue
-            query = _across_query(key, column, self.base.tenant, of_child)
+            mine, others = ("c", "p") if of_child else ("p", "c")
+            tables = {"c": key.child, "p": key.parent}
+            query = _across_query(
+                key, self._is_tenants(tables[mine], mine), self._is_tenants(tables[others], others)
+            )
             count = await self.source.bounded(CROSS_CHECK_TIMEOUT_S, query)
             if count != 0:
                 found.append(Dangling(key, count))
         return tuple(found)
+
+    async def _orphans(self) -> Mapping[TableRef, int | None]:
+        """Rows of owned tables that refer to none of their owners."""
+        found = {}
+        readable = {r.ref: r for r in self._readable}
+        for table, keys in self._ownership.keys.items():
+            relation = readable.get(table)
+            if relation is None or set(keys[0].child_columns) <= relation.not_null:
+                continue
+            nothing = (
+                sql.SQL("({}) IS NOT TRUE").format(
+                    sql.SQL(" AND ").join(
+                        sql.SQL("{} IS NOT NULL").format(sql.Identifier(c)) for c in key.child_columns
+                    )
+                )
+                for key in keys
+            )
+            query = sql.SQL("SELECT count(*) FROM {} WHERE {}").format(
+                holdings.named(table), sql.SQL(" AND ").join(nothing)
+            )
+            count = await self.source.bounded(CROSS_CHECK_TIMEOUT_S, query)
+            if count != 0:
+                found[table] = count
+        return found
 
     async def _collisions(self) -> tuple[Collision, ...]:
         """Unique values of the tenant that other tenants' rows on the target already have."""
         if self.base.fresh or self._same_tables():
             return ()
         found = []
-        for relation in self._tenant_tables(self.base.source):
+        for relation in self._readable:
             target = self.base.target.relation(self.base.mapped(relation.ref))
             for index in relation.indexes:
                 twin = next((i for i in target.indexes if i.name == index.name), None) if target else None
@@ -253,9 +316,8 @@ class _Gathering:
         return same and all(name == mapped for name, mapped in self.base.schemas.items())
 
     async def _colliding(self, check: _Unique) -> int | None:
-        column = self.base.tenancy.column
-        values = _unique_values(check.source, check.index, self._is_tenants(column))
-        others = sql.SQL("NOT ({})").format(self._is_tenants(column))
+        values = _unique_values(check.source, check.index, self._is_tenants(check.source, "t"))
+        others = sql.SQL("NOT ({})").format(self._is_tenants(check.source, "t", Side.TARGET))
         theirs = _unique_values(check.target, check.twin, others)
         equal = sql.SQL("IS NOT DISTINCT FROM" if check.index.nulls_equal else "=")
         width = range(len(check.index.expressions))
@@ -314,26 +376,20 @@ def _unique_values(table: TableRef, index: IndexFacts, condition: sql.Composed) 
     where: list[sql.Composable] = [condition]
     if index.predicate is not None:
         where.append(sql.SQL("({})").format(_deparsed(index.predicate)))
-    return sql.SQL("SELECT {} FROM {} WHERE {}").format(
+    return sql.SQL("SELECT {} FROM {} AS t WHERE {}").format(
         _named([_deparsed(e) for e in index.expressions]),
         sql.Identifier(table.schema, table.name),
         sql.SQL(" AND ").join(where),
     )
 
 
-def _across_query(key: ForeignKey, column: str, tenant: TenantId, of_child: bool) -> sql.Composed:
+def _across_query(key: ForeignKey, mine: sql.Composed, others: sql.Composed) -> sql.Composed:
     match = [
         sql.SQL("c.{} = p.{}").format(sql.Identifier(child), sql.Identifier(parent))
         for child, parent in zip(key.child_columns, key.parent_columns, strict=True)
     ]
-    mine, others = ("c", "p") if of_child else ("p", "c")
-    return sql.SQL("SELECT count(*) FROM {} c JOIN {} p ON {} WHERE {} = {tenant} AND {} <> {tenant}").format(
-        sql.Identifier(key.child.schema, key.child.name),
-        sql.Identifier(key.parent.schema, key.parent.name),
-        sql.SQL(" AND ").join(match),
-        sql.Identifier(mine, column),
-        sql.Identifier(others, column),
-        tenant=sql.Literal(str(tenant)),
+    return sql.SQL("SELECT count(*) FROM {} c JOIN {} p ON {} WHERE {} AND NOT ({})").format(
+        holdings.named(key.child), holdings.named(key.parent), sql.SQL(" AND ").join(match), mine, others
     )
 
 

@@ -1,5 +1,7 @@
 """Replica identities that cover the tenant column, without which a row filter makes UPDATE and DELETE
-fail for every tenant. Recorded before they are changed; the last migration that uses one restores it.
+fail for every tenant, and the columns by which owned rows refer to a table.
+
+Recorded before they are changed; the last migration that uses one restores it.
 """
 
 from __future__ import annotations
@@ -38,15 +40,11 @@ _TURN_PAUSE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class IdentityNeed:
-    """A table whose changes must carry the tenant column and the key; whole rows without a key."""
+    """A table whose changes must carry `columns`, the key among them; whole rows without a key."""
 
     table: TableRef
-    tenant_column: str
+    columns: tuple[str, ...]
     key: tuple[str, ...]
-
-    @property
-    def index_columns(self) -> tuple[str, ...]:
-        return (self.tenant_column, *(c for c in self.key if c != self.tenant_column))
 
     @property
     def index_name(self) -> str:
@@ -70,9 +68,9 @@ async def _ensure(
 ) -> None:
     relation = await _relation(conn, need.table)
     recorded = await _one(conn, "recorded", need.table)
-    if recorded is None and relation.identity_covers(need.tenant_column):
+    if recorded is None and relation.identity_covers(need.columns):
         return
-    candidate = relation.identity_candidate(need.tenant_column)
+    candidate = relation.identity_candidate(need.columns)
     our_index = need.index_name if need.key and candidate is None else None
     async with conn.transaction():
         await _hold(conn, database)
@@ -87,7 +85,7 @@ async def _ensure(
         )
         await _run(conn, "use", need.table, migration=migration)
     reach("identity.recorded")
-    if relation.identity_covers(need.tenant_column):
+    if relation.identity_covers(need.columns):
         return
     if our_index is not None:
         await _build(conn, need, say)
@@ -103,7 +101,7 @@ async def _build(conn: Connection, need: IdentityNeed, say: Say) -> None:
     create = sql.SQL("CREATE UNIQUE INDEX CONCURRENTLY {} ON {} ({})").format(
         sql.Identifier(need.index_name),
         _named(need.table),
-        sql.SQL(", ").join(sql.Identifier(c) for c in need.index_columns),
+        sql.SQL(", ").join(sql.Identifier(c) for c in need.columns),
     )
     drop = sql.SQL("DROP INDEX CONCURRENTLY {}").format(sql.Identifier(need.table.schema, need.index_name))
 

@@ -1,4 +1,5 @@
-"""Our own messages inside the source's WAL: marks that the stream must reach, and truncations.
+"""Our own messages inside the source's WAL: marks that the stream must reach, truncations, and rows that
+changed their tenant.
 
 Messages are not filtered by publications: every slot of the database sees those of all migrations, so
 a mark is a token that only its maker waits for.
@@ -8,11 +9,12 @@ from __future__ import annotations
 
 import json
 
-from mover.core.changes import Truncated
+from mover.core.changes import Rehomed, Truncated
 from mover.core.ids import TableRef
 
 MARK_PREFIX = "mover.mark"
 TRUNCATE_PREFIX = "mover.truncate"
+REHOME_PREFIX = "mover.rehome"
 
 # Transactional, so that it stands in the stream where its transaction commits; any role may call it.
 EMIT_MARK = "SELECT pg_logical_emit_message(true, 'mover.mark', %s)"
@@ -30,4 +32,17 @@ def parse_truncated(content: bytes) -> Truncated | None:
             return Truncated(TableRef(schema, table))
         case [str(schema), str(table), str(partition_schema), str(partition)]:
             return Truncated(TableRef(schema, table), TableRef(partition_schema, partition))
+    return None
+
+
+def parse_rehomed(content: bytes) -> Rehomed | None:
+    """The content that the rehoming trigger writes, a JSON array of schema, table, and the row's referenced
+    columns before and after; or None."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    match found:
+        case [str(schema), str(table), dict(before), dict(after)]:
+            return Rehomed(TableRef(schema, table), (before, after))
     return None

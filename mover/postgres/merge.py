@@ -16,7 +16,7 @@ from mover.core.copying import CopiedRanges
 from mover.core.copytext import NULL_OPTION
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.tables import MovedTable
-from mover.postgres import ranges
+from mover.postgres import holdings, ranges
 
 # The value of the staging table's first column; an update's is UPDATE + the number of its column group.
 DELETE, INSERT, UPDATE = 0, 1, 2
@@ -36,9 +36,10 @@ class Merge:
         self._target = sql.Identifier(table.target.schema, table.target.name)
         self._stage = sql.Identifier("pg_temp", f"mover_stage_{number}")
         self._operation = sql.Identifier(table.spare("mover_op"))
-        self._tenant = sql.SQL("t.{} = {}").format(
-            sql.Identifier(table.tenant_column), sql.Literal(str(tenant))
-        )
+        holding = table.holding(Side.TARGET)
+        self._tenant = holdings.is_tenants(holding, "t", tenant)
+        # Of a row that is known to be the tenant's, and whose owner may be gone already.
+        self._known = holdings.is_not_others(holding, "t", tenant)
         self._is_always = {c.name for c in table.copied if c.identity_always}
         self._insert_one: dict[Names, bytes] = {}
         self._update_one: dict[Names, bytes] = {}
@@ -78,15 +79,10 @@ class Merge:
     def clear_stage(self) -> sql.Composed:
         return sql.SQL("TRUNCATE {}").format(self._stage)
 
-    @cached_property
-    def copy_rows(self) -> sql.Composed:
-        """COPY of whole rows in the plan's column order."""
-        return sql.SQL("COPY {} ({}) FROM STDIN").format(self._target, ranges.columns(self.table.copied))
-
     def inside(self, copied: CopiedRanges) -> sql.Composed:
         """Parameters: an array for each key column. The 1-based places of those in the copied ranges."""
         return sql.SQL("SELECT {n} FROM (SELECT n AS {n}, {} FROM {}) AS s WHERE {}").format(
-            ranges.unnested(self.table, Side.TARGET),
+            ranges.unnested(self.table.key_columns, Side.TARGET),
             ranges.unnest([_parameter(n) for n, _ in enumerate(self.table.key, start=1)]),
             ranges.in_ranges(self.table, "s", copied, Side.TARGET),
             n=sql.Identifier(self.table.spare("mover_n")),
@@ -103,7 +99,7 @@ class Merge:
     @cached_property
     def delete_staged(self) -> sql.Composed:
         return sql.SQL("DELETE FROM {} AS t USING {} AS s WHERE {} AND {} AND {}").format(
-            self._target, self._stage, self._tenant, _equal(self.table.key), self._is_staged_for(DELETE)
+            self._target, self._stage, self._known, _equal(self.table.key), self._is_staged_for(DELETE)
         )
 
     @cached_property
@@ -154,7 +150,7 @@ class Merge:
         )
         same = _equal((*self.table.key, *self._kept(names)))
         return sql.SQL("UPDATE {} AS t SET {} FROM {} AS s WHERE {} AND {} AND {}").format(
-            self._target, assignments, self._stage, self._tenant, same, self._is_staged_for(UPDATE + group)
+            self._target, assignments, self._stage, self._known, same, self._is_staged_for(UPDATE + group)
         )
 
     def _is_staged_for(self, operation: int) -> sql.Composed:
@@ -187,7 +183,7 @@ class Merge:
             for n, name in enumerate(names, start=1)
         )
         return sql.SQL("UPDATE {} AS t SET {} WHERE {} AND {}").format(
-            self._target, assignments, self._tenant, self._key_from(len(names))
+            self._target, assignments, self._known, self._key_from(len(names))
         )
 
     def _replace_one(self, names: Names) -> sql.Composed:
@@ -205,7 +201,7 @@ class Merge:
             " INSERT INTO {target} ({names}) OVERRIDING SYSTEM VALUE SELECT {values} FROM t"
         ).format(
             target=self._target,
-            tenant=self._tenant,
+            tenant=self._known,
             key=self._key_from(len(names)),
             names=_identifiers(list(types)),
             values=values,
@@ -215,7 +211,7 @@ class Merge:
     def delete_one(self) -> bytes:
         """Parameters: the old key."""
         statement = sql.SQL("DELETE FROM {} AS t WHERE {} AND {}")
-        return statement.format(self._target, self._tenant, self._key_from(0)).as_bytes()
+        return statement.format(self._target, self._known, self._key_from(0)).as_bytes()
 
     def assigned(self, names: Names) -> Names:
         """The columns that an update can set."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +11,11 @@ from uuid import uuid4
 import psycopg
 from psycopg import sql
 
-from mover.core.copying import Key
+from mover.core.copying import CopiedRanges, Key
 from mover.core.ids import Lsn, Side, TenantId
 from mover.core.snapshot import Snapshot
 from mover.core.tables import MovedTable
-from mover.postgres import ranges
+from mover.postgres import holdings, ranges
 from mover.postgres.align import read_stamp
 from mover.postgres.connect import Database
 from mover.postgres.errors import translate
@@ -35,10 +35,25 @@ class Point:
     label: str
     conn: Connection = field(repr=False)  # holds the snapshot
 
-    async def rows(self, table: MovedTable, tenant: TenantId, keys: Collection[Key]) -> AsyncIterator[bytes]:
-        ordered = sorted(keys)
+    async def rows(
+        self,
+        table: MovedTable,
+        tenant: TenantId,
+        names: Sequence[str],
+        values: Collection[Key],
+        copied: CopiedRanges,
+    ) -> AsyncIterator[bytes]:
+        ordered = sorted(values)
         for start in range(0, len(ordered), KEYS_PER_QUERY):
-            query = _rows_query(table, tenant, ordered[start : start + KEYS_PER_QUERY])
+            query = sql.SQL("COPY (SELECT {} FROM {} AS t WHERE {} AND {} AND {}) TO STDOUT").format(
+                ranges.columns(table.copied, "t"),
+                holdings.named(table.source),
+                holdings.is_tenants(table.holding(Side.SOURCE), "t", tenant),
+                ranges.in_values(
+                    "t", table.named(names), ordered[start : start + KEYS_PER_QUERY], Side.SOURCE
+                ),
+                ranges.in_ranges(table, "t", copied, Side.SOURCE),
+            )
             with translate(self.label):
                 async with self.conn.cursor() as cursor, cursor.copy(query) as copy:
                     async for block in copy:
@@ -88,13 +103,3 @@ class Points:
             row = await cursor.fetchone()
         assert row is not None
         return Lsn.parse(row[0])
-
-
-def _rows_query(table: MovedTable, tenant: TenantId, keys: Collection[Key]) -> sql.Composed:
-    return sql.SQL("COPY (SELECT {} FROM {} AS t WHERE t.{} = {} AND {}) TO STDOUT").format(
-        ranges.columns(table.copied, "t"),
-        sql.Identifier(table.source.schema, table.source.name),
-        sql.Identifier(table.tenant_column),
-        sql.Literal(str(tenant)),
-        ranges.in_keys(table, "t", keys, Side.SOURCE),
-    )

@@ -33,7 +33,7 @@ def name_of(migration: MigrationId) -> str:
 async def create_publication(
     database: Database, migration: MigrationId, tables: Sequence[MovedTable], tenant: TenantId, say: Say
 ) -> None:
-    """Publish the tenant's rows of `tables`; those that are published already are left alone.
+    """Publish the changes of the tenant's rows of `tables`; those that are published already are left alone.
 
     A table that comes later must be copied from a point after `create_slot` has returned once more.
     Locks: SHARE UPDATE EXCLUSIVE on each table, under a lock timeout: writers are not blocked."""
@@ -60,8 +60,12 @@ async def create_publication(
 
 
 def _filtered(table: MovedTable, tenant: TenantId) -> sql.Composed:
+    """Only columns of the table itself can filter: of an owned table every tenant's changes are published."""
+    name = sql.Identifier(table.source.schema, table.source.name)
+    if table.tenant_column is None:
+        return sql.SQL("{}").format(name)
     return sql.SQL("{} WHERE ({} = {})").format(
-        sql.Identifier(table.source.schema, table.source.name),
+        name,
         sql.Identifier(table.tenant_column),
         sql.Literal(str(tenant)),
     )

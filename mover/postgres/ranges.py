@@ -47,11 +47,12 @@ def key_literal(table: MovedTable, key: Key, side: Side) -> sql.Composed:
     )
 
 
-def in_keys(table: MovedTable, alias: str, keys: Collection[Key], side: Side) -> sql.Composed:
-    """Whether a key is one of `keys`."""
-    left = sql.SQL(", ").join(sql.Identifier(alias, name) for name in table.key)
-    arrays = [sql.Literal(list(values)) for values in zip(*keys, strict=True)]
-    return sql.SQL("({}) IN (SELECT {} FROM {})").format(left, unnested(table, side), unnest(arrays))
+def in_values(alias: str, names: Sequence[Column], values: Collection[Key], side: Side) -> sql.Composed:
+    """Whether a row has one of `values` in the columns `names`."""
+    arrays = [sql.Literal(list(of_column)) for of_column in zip(*values, strict=True)]
+    return sql.SQL("({}) IN (SELECT {} FROM {})").format(
+        columns(names, alias), unnested(names, side), unnest(arrays)
+    )
 
 
 def unnest(arrays: Sequence[sql.Composable]) -> sql.Composed:
@@ -61,13 +62,13 @@ def unnest(arrays: Sequence[sql.Composable]) -> sql.Composed:
     return sql.SQL("unnest({}) WITH ORDINALITY AS u ({}, n)").format(texts, names)
 
 
-def unnested(table: MovedTable, side: Side) -> sql.Composed:
-    """The key's columns of `unnest`, each with its own type and name."""
+def unnested(names: Sequence[Column], side: Side) -> sql.Composed:
+    """The columns of `unnest`, each with its own type and name."""
     return sql.SQL(", ").join(
         sql.SQL("{}::{} AS {}").format(
             sql.Identifier(f"k{n}"), type_on(column, side), sql.Identifier(column.name)
         )
-        for n, column in enumerate(table.key_columns)
+        for n, column in enumerate(names)
     )
 
 

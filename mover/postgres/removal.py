@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -16,7 +17,8 @@ from psycopg import sql
 
 from mover.core.crash import reach
 from mover.core.ids import TableRef, TenantId
-from mover.postgres import owner
+from mover.core.tables import Holding
+from mover.postgres import holdings, owner
 from mover.postgres.connect import Database, Identity
 
 BATCH_ROWS = 5_000
@@ -27,23 +29,23 @@ Say = Callable[[str], Awaitable[None]]
 
 async def remove_rows(
     database: Database,
-    tables: Sequence[tuple[TableRef, str]],
+    tables: Sequence[Holding],
     tenant: TenantId,
     identity: Identity,
     say: Say,
 ) -> int:
-    """Delete the tenant's rows of `tables` (each with its tenant column, parents first), children first.
+    """Delete the tenant's rows of `tables` (parents first, owners before what they own), children first.
 
     A partitioned table is emptied partition by partition: a row's place is its own in its partition only."""
     removed = 0
     async with _connection(database, tenant) as conn:
-        for table, column in reversed(tables):
+        for holding in reversed(tables):
             count = 0
-            for part in await _parts(conn, table):
-                while batch := await _one_batch(conn, part, column, tenant, identity):
+            for part in await _parts(conn, holding.table):
+                while batch := await _one_batch(conn, replace(holding, table=part), tenant, identity):
                     count += batch
             if count:
-                await say(f"removed {count} rows from {table} on the {database.label}")
+                await say(f"removed {count} rows from {holding.table} on the {database.label}")
             removed += count
     return removed
 
@@ -66,19 +68,17 @@ async def _parts(conn: psycopg.AsyncConnection[tuple[Any, ...]], table: TableRef
 
 async def _one_batch(
     conn: psycopg.AsyncConnection[tuple[Any, ...]],
-    table: TableRef,
-    column: str,
+    holding: Holding,
     tenant: TenantId,
     identity: Identity,
 ) -> int:
     """Locks: ROW EXCLUSIVE and the batch's rows, for one batch."""
     statement = sql.SQL(
-        "DELETE FROM {table} WHERE {column} = {tenant} AND ctid = ANY (ARRAY("
-        "SELECT ctid FROM {table} WHERE {column} = {tenant} LIMIT {rows}))"
+        "DELETE FROM {table} AS t WHERE {tenants} AND t.ctid = ANY (ARRAY("
+        "SELECT t.ctid FROM {table} AS t WHERE {tenants} LIMIT {rows}))"
     ).format(
-        table=sql.Identifier(table.schema, table.name),
-        column=sql.Identifier(column),
-        tenant=sql.Literal(str(tenant)),
+        table=holdings.named(holding.table),
+        tenants=holdings.is_tenants(holding, "t", tenant),
         rows=sql.Literal(BATCH_ROWS),
     )
     loop = asyncio.get_running_loop()

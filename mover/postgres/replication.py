@@ -24,7 +24,13 @@ from mover.core.pgoutput import Decoder
 from mover.core.walsender import HEADER_BYTES, ProtocolViolation, parse_keepalive, status_update
 from mover.postgres.connect import Database
 from mover.postgres.errors import ServerError, translated
-from mover.postgres.marks import MARK_PREFIX, TRUNCATE_PREFIX, parse_truncated
+from mover.postgres.marks import (
+    MARK_PREFIX,
+    REHOME_PREFIX,
+    TRUNCATE_PREFIX,
+    parse_rehomed,
+    parse_truncated,
+)
 
 QUEUE_LIMIT_BYTES = 32 << 20
 PIECE_BYTES = 4 << 20
@@ -293,6 +299,8 @@ class WalStream:
             self._marks.append(message.content.decode(errors="replace"))
         elif message.prefix == TRUNCATE_PREFIX and (truncated := parse_truncated(message.content)):
             self._changes.append(truncated)
+        elif message.prefix == REHOME_PREFIX and (rehomed := parse_rehomed(message.content)):
+            self._changes.append(rehomed)
 
     def _close_piece(self, end_lsn: Lsn | None) -> None:
         if self._begin is None:

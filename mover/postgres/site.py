@@ -13,10 +13,10 @@ from mover.core.errors import NotReady, PlanOutdated, SchemaChanged, Unreachable
 from mover.core.facts import Tenancy
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.migration import Place
-from mover.core.tables import MovedTable, Plan, Shape
+from mover.core.tables import Holding, MovedTable, Plan, Shape
 from mover.engine.preflight import judge, judge_again
 from mover.engine.site import Aligned, Link, Say
-from mover.postgres import agent, align, clone, identity, publication
+from mover.postgres import agent, align, catalog, clone, identity, publication
 from mover.postgres.align import Look
 from mover.postgres.bulk import BulkCopier
 from mover.postgres.connect import Database, Identity
@@ -133,9 +133,9 @@ class PgSite:
         check_keys(shape, now, self.tenant)
         return now
 
-    async def forget_copies(self, tables: Collection[TableRef], say: Say) -> None:
-        there = [t for t in await self._tenant_tables() if self._on_source(t) in tables]
-        await self._remove_target_rows(there, say)
+    async def forget_copies(self, shape: Shape, tables: Collection[TableRef], say: Say) -> None:
+        there = [h for h in await self._held_on_target(shape) if self._on_source(h.table) in tables]
+        await remove_rows(self.target, there, self.tenant, self.identity, say)
         await align.forget_chunks(self.target, self.identity, tables)
 
     async def build_keys(self, shape: Shape, tables: Sequence[MovedTable]) -> None:
@@ -150,13 +150,13 @@ class PgSite:
             await clone.build_rest(self.target, ddl, workers=self.workers)
 
     async def identify_rows(self, shape: Shape, say: Say) -> None:
-        needs = [IdentityNeed(t.source, t.tenant_column, t.key) for t in shape.tables]
+        needs = [IdentityNeed(t.source, t.identity, t.key) for t in shape.tables]
         await identity.ensure_identities(self.source, self.identity.migration, needs, say)
 
     async def guard(self, shape: Shape, say: Say) -> None:
-        await self.target_fence.install(_tables(shape, Side.TARGET), "closed", say)
+        await self.target_fence.install(_holdings(shape, Side.TARGET), "closed", say)
         reach("guards.target")
-        await self.source_fence.install(_tables(shape, Side.SOURCE), "open", say)
+        await self.source_fence.install(_holdings(shape, Side.SOURCE), "open", say)
 
     async def reserve_sequences(self, shape: Shape) -> None:
         async with self.sequences(shape) as sequences:
@@ -216,16 +216,15 @@ class PgSite:
         await self.target_fence.remove(say)
 
     async def remove_target_rows(self, shape: Shape, say: Say) -> None:
-        schemas = shape.schemas.values()
+        held = await self._held_on_target(shape)
         if shape.fresh and await clone.drop_clone(
-            self.target, schemas, self.identity.migration, self.tenancy.column, self.tenant
+            self.target, shape.schemas.values(), self.identity.migration, held, self.tenant
         ):
             return
-        # Not only the planned ones: an operator may have renamed one to follow the source.
-        await self._remove_target_rows(await self._tenant_tables(), say)
+        await remove_rows(self.target, held, self.tenant, self.identity, say)
 
     async def remove_source_rows(self, shape: Shape, say: Say) -> None:
-        await remove_rows(self.source, _tables(shape, Side.SOURCE), self.tenant, self.identity, say)
+        await remove_rows(self.source, _holdings(shape, Side.SOURCE), self.tenant, self.identity, say)
 
     async def forget_source(self) -> None:
         await agent.forget(self.source, self.identity.migration)
@@ -248,22 +247,20 @@ class PgSite:
     async def _ddl(self, shape: Shape) -> clone.ClonedDdl:
         return await clone.read_ddl(self.source, self.target, shape.schemas)
 
-    async def _tenant_tables(self) -> list[TableRef]:
-        """The target's tables in which we may have put rows of the tenant."""
-        parameters = (self.tenancy.column, list(self.target_place.schemas))
+    async def _held_on_target(self, shape: Shape) -> list[Holding]:
+        """The target's tables in which we may have put rows of the tenant: not only the planned ones, since
+        an operator may have renamed one to follow the source."""
         async with self.target.connect("undo") as conn:
-            found = await (await conn.execute(_TENANT_TABLES, parameters)).fetchall()
+            tables = await catalog.tables_with_column(conn, self.target_place.schemas, self.tenancy.column)
+            owned = [h for h in _holdings(shape, Side.TARGET) if h.tenant_column is None]
+            there = await catalog.existing_tables(conn, [h.table for h in owned])
         exempt = self.tenancy.reference_tables | self.tenancy.ignore_tables
-        tables = [TableRef(schema, name) for schema, name in found]
-        return [t for t in tables if exempt.isdisjoint({str(t), str(self._on_source(t))})]
+        tenants = [t for t in tables if exempt.isdisjoint({str(t), str(self._on_source(t))})]
+        return [Holding(t, self.tenancy.column) for t in tenants] + [h for h in owned if h.table in there]
 
     def _on_source(self, table: TableRef) -> TableRef:
         schemas = dict(zip(self.target_place.schemas, self.source_place.schemas, strict=True))
         return TableRef(schemas[table.schema], table.name)
-
-    async def _remove_target_rows(self, tables: Sequence[TableRef], say: Say) -> None:
-        named = [(table, self.tenancy.column) for table in tables]
-        await remove_rows(self.target, named, self.tenant, self.identity, say)
 
 
 @asynccontextmanager
@@ -274,17 +271,12 @@ async def _opened(sequences: PgSequences) -> AsyncIterator[PgSequences]:
         await sequences.close()
 
 
-def _tables(shape: Shape, side: Side) -> list[tuple[TableRef, str]]:
-    """Each moved table on that side with its tenant column, parents first."""
-    return [(t.source if side is Side.SOURCE else t.target, t.tenant_column) for t in shape.tables]
+def _holdings(shape: Shape, side: Side) -> list[Holding]:
+    """Each moved table on that side, parents first as far as foreign keys allow, owners always."""
+    return sorted((t.holding(side) for t in shape.tables), key=lambda holding: holding.depth)
 
 
 # Any role may call both functions (PostgreSQL 15 to 18).
 _SERVER_IDENTITY = """
 SELECT s.system_identifier || '/' || c.timeline_id FROM pg_control_system() s, pg_control_checkpoint() c
-"""
-_TENANT_TABLES = """
-SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-  JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = %s AND NOT a.attisdropped
- WHERE n.nspname = ANY (%s) AND c.relkind IN ('r', 'p') AND NOT c.relispartition
 """

@@ -15,11 +15,22 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from mover.core.changes import Change, Delete, Insert, Relation, Row, RowChange, Truncated, Update
+from mover.core.changes import (
+    Change,
+    Delete,
+    Insert,
+    Rehomed,
+    Relation,
+    Row,
+    RowChange,
+    Truncated,
+    Update,
+)
 from mover.core.compaction import NeedsOrder, NetRows, NetTable, compact, net_rows, parts
 from mover.core.copying import CopiedRanges, Key
 from mover.core.errors import ApplyConflict, PlanOutdated, SchemaChanged, Where
 from mover.core.ids import Lsn, TableRef, TenantId
+from mover.core.membership import Membership, Values, owning, questions
 from mover.core.presence import Missing, keys_of, on_target
 from mover.core.snapshot import Snapshot
 from mover.core.tables import MovedTable, Shape
@@ -29,6 +40,7 @@ from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
 from mover.postgres.layout import Layout, groups_of, row_blocks, stage_blocks, touched
 from mover.postgres.merge import Merge
+from mover.postgres.owned import OwnedRows
 
 # Up to here single statements in one network turn are quicker than staging.
 SMALL_BATCH = 200
@@ -53,6 +65,7 @@ class Writer:
         self._merges = {t.source: Merge(t, n, tenant) for n, t in enumerate(shape.tables)}
         self.moves_by_copy = {ref for ref, merge in self._merges.items() if merge.moves_by_copy}
         self.keyless = frozenset(t.source for t in shape.tables if not t.key)
+        self.owned = OwnedRows(owning(shape.tables), tenant, self.copied, self.touch)
         self._layouts: dict[int, Layout] = {}
         self._copied: Mapping[TableRef, CopiedRanges] = {}
         self._dirty: dict[TableRef, set[Key]] | None = None
@@ -139,23 +152,26 @@ class Writer:
     def copied(self, table: TableRef) -> CopiedRanges:
         return self._copied.get(table, _NOTHING)
 
-    def wanted(self, changes: Sequence[RowChange]) -> list[RowChange]:
+    def wanted(self, changes: Sequence[RowChange | Rehomed]) -> list[RowChange | Rehomed]:
         """The changes of tables of which anything is here yet.
 
         The publication's filter has seen to the tenant; a foreign row must not pass all the same."""
-        wanted: list[RowChange] = []
+        wanted: list[RowChange | Rehomed] = []
         relation: Relation | None = None
         for change in changes:
+            if isinstance(change, Rehomed):
+                wanted.append(change)
+                continue
             if change.relation is not relation:
                 relation = change.relation
                 # Only then the stream's description has to fit the plan: what came before a table is
                 # copied anew may describe it as it was.
                 is_here = not self.copied(relation.table).nothing
                 tenant_at = self.layout(relation).tenant_at if is_here else None
-            if tenant_at is None:
+            if not is_here:
                 continue
             row = change.old if isinstance(change, Delete) else change.new
-            if row[tenant_at] != self._tenant_text:
+            if tenant_at is not None and row[tenant_at] != self._tenant_text:
                 raise ApplyConflict(
                     f"the stream carried a row of {relation.table} that is not the tenant's",
                     where=Where(table=relation.table),
@@ -189,6 +205,8 @@ class Transaction:
     def __init__(self, writer: Writer, conn: Connection, identity: Identity) -> None:
         self._writer, self._conn, self._identity = writer, conn, identity
         self._missing: Missing = {}
+        self._rehomed: Values = {}
+        self._awaited: Values = {}
 
     async def advance(self, applied: Lsn, snapshot: Snapshot | None) -> None:
         facts = {
@@ -203,20 +221,36 @@ class Transaction:
             if isinstance(part, Truncated):
                 await self._truncate(part)
             else:
-                await self._apply_rows(await self._without_keyless(self._writer.wanted(part)))
+                changes = await self._tenants(self._writer.wanted(part))
+                await self._apply_rows(await self._without_keyless(changes))
 
     @property
     def is_missing_rows(self) -> bool:
-        return any(self._missing.values())
+        return any(self._missing.values()) or bool(self._rehomed)
 
     async def fetch_missing(self, point: ConsistentPoint) -> None:
-        for table, keys in self._missing.items():
-            merge = self._writer.merge(table)
-            self._writer.touch(table, keys)
-            async with self._conn.cursor() as cursor, cursor.copy(merge.copy_rows) as copy:
-                async for block in point.rows(merge.table, self._writer.tenant, keys):
-                    await copy.write(block)
+        owned = self._writer.owned
+        await owned.read_again(self._conn, point, self._rehomed)
+        for ref, keys in self._missing.items():
+            table = self._writer.merge(ref).table
+            self._writer.touch(ref, keys)
+            if self._rehomed and table.owners:
+                await owned.remove(self._conn, table, table.key, keys)
+            await owned.fetch(self._conn, point, table, table.key, keys)
         self._missing.clear()
+        self._rehomed.clear()
+
+    async def _tenants(self, changes: list[RowChange | Rehomed]) -> list[RowChange]:
+        """The tenant's changes, with those of owned tables."""
+        owned = self._writer.owned
+        if not owned.tables:
+            return [change for change in changes if not isinstance(change, Rehomed)]
+        asked = questions(changes, owned.tables, self._key_of)
+        keys, values = await owned.known(self._conn, asked)
+        membership = Membership(owned.tables, self._key_of, keys, values, self._rehomed, self._awaited)
+        tenants = list(membership.tenants(changes))
+        self._rehomed = {r: found for r, found in self._rehomed.items() if owned.concerns(r)}
+        return tenants
 
     async def _truncate(self, truncated: Truncated) -> None:
         table = truncated.table
@@ -225,8 +259,9 @@ class Transaction:
         self._writer.touch_everything()
         if truncated.partition is not None:
             return await self._truncate_partition(table, truncated.partition)
-        self._missing.pop(table, None)
-        await self._conn.execute(self._writer.merge(table).delete_all)
+        for emptied in (*self._writer.owned.below(table), table):
+            self._missing.pop(emptied, None)
+            await self._conn.execute(self._writer.merge(emptied).delete_all)
 
     async def _truncate_partition(self, table: TableRef, partition: TableRef) -> None:
         """The tenant's rows of the target's partition of that name, which takes the same rows while the two

@@ -3,8 +3,9 @@
 
 -- name: stamp
 -- One value that changes with anything that rows depend on: tables, columns, constraints, unique indexes,
--- triggers, functions, enums; and with the storage of a table that has the tenant column, since what
--- rewrites or empties one is not in the stream. Read under the fence, so it is one query.
+-- triggers, functions, enums; and with the storage of a table that has the tenant column, or a foreign key by
+-- which its rows may be the tenant's, since what rewrites or empties one is not in the stream. Read under the
+-- fence, so it is one query.
 WITH relations AS (
   SELECT c.* FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
    WHERE n.nspname = ANY(%(schemas)s) AND c.relkind IN ('r', 'p', 'f')
@@ -12,8 +13,11 @@ WITH relations AS (
   SELECT concat_ws(' ', 'table', c.oid, c.relnamespace, c.relname, c.relkind, md5(c.relpartbound::text),
                    (SELECT i.inhparent || ' ' || i.inhdetachpending FROM pg_inherits i
                      WHERE i.inhrelid = c.oid AND c.relispartition),
-                   (SELECT pg_relation_filenode(c.oid) FROM pg_attribute a
-                     WHERE a.attrelid = c.oid AND a.attname = %(column)s AND NOT a.attisdropped)) AS line
+                   CASE WHEN EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid
+                                        AND a.attname = %(column)s AND NOT a.attisdropped)
+                          OR EXISTS (SELECT FROM pg_constraint k WHERE k.contype = 'f' AND k.conrelid = c.oid
+                                        AND k.confrelid <> k.conrelid)
+                        THEN pg_relation_filenode(c.oid) END) AS line
     FROM relations c
    UNION ALL
   SELECT concat_ws(' ', 'column', a.attrelid, a.attnum, a.attname, a.atttypid, a.atttypmod, a.attcollation,

@@ -146,7 +146,7 @@ SELECT c.conname::text AS name, cn.nspname::text AS child_schema, ct.relname::te
          AS child_columns,
        ARRAY(SELECT a.attname::text FROM unnest(c.confkey) WITH ORDINALITY k(num, ord)
                JOIN pg_attribute a ON a.attrelid = c.confrelid AND a.attnum = k.num ORDER BY k.ord)
-         AS parent_columns
+         AS parent_columns, c.condeferrable AS deferrable, c.convalidated AS validated
   FROM pg_constraint c
   JOIN pg_class ct ON ct.oid = c.conrelid
   JOIN pg_namespace cn ON cn.oid = ct.relnamespace
@@ -155,6 +155,13 @@ SELECT c.conname::text AS name, cn.nspname::text AS child_schema, ct.relname::te
  WHERE c.contype = 'f' AND c.conparentid = 0
    AND (cn.nspname = ANY(%(schemas)s) OR pn.nspname = ANY(%(schemas)s))
  ORDER BY cn.nspname, ct.relname, c.conname;
+
+-- name: tables_with_column
+-- The tables of the schemas that have this column, but no partitions.
+SELECT n.nspname::text AS schema, c.relname::text AS name
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+  JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = %(column)s AND NOT a.attisdropped
+ WHERE n.nspname = ANY(%(schemas)s) AND c.relkind IN ('r', 'p') AND NOT c.relispartition;
 
 -- name: sequences
 -- Sequences of the schemas and the table that owns each, by serial or identity column.

@@ -83,6 +83,51 @@ BEGIN
 END
 $truncate$;
 
+-- A row to which owned rows refer changed its tenant: theirs come or go with it, without a change of their
+-- own. The arguments are the numbers of the columns referred to, which outlive a new name.
+CREATE OR REPLACE FUNCTION mover.{rehome_function}() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $rehome$
+DECLARE
+    referenced name;
+    before text;
+    after text;
+    was jsonb := '{{}}';
+    is_now jsonb := '{{}}';
+BEGIN
+    FOR referenced IN
+        SELECT attname FROM pg_attribute WHERE attrelid = TG_RELID AND attnum = ANY (TG_ARGV::int2[])
+    LOOP
+        EXECUTE format('SELECT ($1).%1$I::text, ($2).%1$I::text', referenced) INTO before, after USING OLD, NEW;
+        was := was || jsonb_build_object(referenced, before);
+        is_now := is_now || jsonb_build_object(referenced, after);
+    END LOOP;
+    PERFORM pg_logical_emit_message(true, 'mover.rehome',
+        jsonb_build_array(TG_TABLE_SCHEMA, TG_TABLE_NAME, was, is_now)::text);
+    RETURN NULL;
+END
+$rehome$;
+
+-- name: owned_function
+-- Whether a row with these values is the tenant's: looked up in the rows that it refers to, as they are now,
+-- which is why it is VOLATILE. Where the transaction sees older rows, they are locked: had one changed its
+-- tenant since, the transaction fails rather than being fooled. Depends on the columns, not on their names.
+CREATE OR REPLACE FUNCTION mover.{owned_function}({parameters}) RETURNS boolean
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT CASE WHEN current_setting('transaction_isolation') = 'read committed' THEN {owned}
+                ELSE {owned_locked} END;
+END
+
+-- name: owned_functions
+-- The functions of this place that look owners up.
+SELECT p.oid::regprocedure::text FROM pg_proc p
+ WHERE p.pronamespace = 'mover'::regnamespace AND starts_with(p.proname, %(prefix)s)
+
+-- name: drop_owned_function
+-- After the triggers that call it; repeatable.
+DROP FUNCTION IF EXISTS {function}
+
 -- name: guard_table
 -- AFTER ROW, one trigger per operation: a BEFORE trigger costs other tenants WAL even when WHEN is false.
 -- ENABLE ALWAYS: session_replication_role = replica must not pass. The mover's own sessions are told apart
@@ -90,14 +135,13 @@ $truncate$;
 -- under our lock timeout. Repeatable; the caller asks the catalog first, so as not to take the lock.
 -- A partitioned table's row triggers stand on its partitions as well, those that come later included.
 CREATE OR REPLACE TRIGGER {insert_trigger} AFTER INSERT ON {table} FOR EACH ROW
-    WHEN (NEW.{column} = {tenant} AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant})
+    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant} AND {inserted})
     EXECUTE FUNCTION mover.{guard_function}();
 CREATE OR REPLACE TRIGGER {update_trigger} AFTER UPDATE ON {table} FOR EACH ROW
-    WHEN ((OLD.{column} = {tenant} OR NEW.{column} = {tenant})
-          AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant})
+    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant} AND {updated})
     EXECUTE FUNCTION mover.{guard_function}();
 CREATE OR REPLACE TRIGGER {delete_trigger} AFTER DELETE ON {table} FOR EACH ROW
-    WHEN (OLD.{column} = {tenant} AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant})
+    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant} AND {deleted})
     EXECUTE FUNCTION mover.{guard_function}();
 CREATE OR REPLACE TRIGGER {truncate_trigger} AFTER TRUNCATE ON {table} FOR EACH STATEMENT
     EXECUTE FUNCTION mover.{truncate_function}();
@@ -105,6 +149,20 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER {insert_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {update_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {delete_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {truncate_trigger};
+
+-- name: guard_rehoming
+-- On a table to which owned rows refer. Locks as above; repeatable.
+CREATE OR REPLACE TRIGGER {rehome_trigger} AFTER UPDATE ON {table} FOR EACH ROW
+    WHEN (OLD.{column} IS DISTINCT FROM NEW.{column} AND (OLD.{column} = {tenant} OR NEW.{column} = {tenant})
+          AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant})
+    EXECUTE FUNCTION mover.{rehome_function}({numbers});
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {rehome_trigger};
+
+-- name: column_numbers
+-- Reads only.
+SELECT attnum FROM pg_attribute
+ WHERE attrelid = format('%%I.%%I', %(schema)s::text, %(name)s::text)::regclass AND attname = ANY (%(names)s)
+ ORDER BY attnum
 
 -- name: guard_partition
 -- A statement trigger fires for the named table only: whoever truncates a partition names just that.
@@ -127,10 +185,11 @@ WITH parts AS (
     SELECT c.oid, coalesce(pg_partition_root(c.oid), c.oid) AS root
       FROM pg_class c WHERE c.relkind IN ('r', 'p')
 ), found AS (
-    SELECT t.tgrelid, count(*) = 4 AND bool_and(t.tgenabled = 'A') AS whole, bool_or(t.tgparentid = 0) AS made
+    SELECT t.tgrelid, count(*) FILTER (WHERE t.tgname <> %(rehome)s) = 4 AND bool_and(t.tgenabled = 'A') AS whole,
+           bool_or(t.tgname = %(rehome)s) AS rehoming, bool_or(t.tgparentid = 0) AS made
       FROM pg_trigger t WHERE t.tgname = ANY (%(triggers)s) GROUP BY t.tgrelid
 )
-SELECT n.nspname, c.relname,
+SELECT n.nspname, c.relname, m.rehoming,
        (SELECT coalesce(bool_and(coalesce(f.whole, false)), false)
           FROM parts p LEFT JOIN found f ON f.tgrelid = p.oid WHERE p.root = c.oid)
   FROM found m
@@ -143,12 +202,14 @@ SELECT n.nspname, c.relname,
 DROP TRIGGER IF EXISTS {insert_trigger} ON {table};
 DROP TRIGGER IF EXISTS {update_trigger} ON {table};
 DROP TRIGGER IF EXISTS {delete_trigger} ON {table};
+DROP TRIGGER IF EXISTS {rehome_trigger} ON {table};
 DROP TRIGGER IF EXISTS {truncate_trigger} ON {table};
 
 -- name: uninstall
 -- After the last trigger; repeatable.
 DROP FUNCTION IF EXISTS mover.{guard_function}();
 DROP FUNCTION IF EXISTS mover.{truncate_function}();
+DROP FUNCTION IF EXISTS mover.{rehome_function}();
 DROP FUNCTION IF EXISTS mover.{wait_function}();
 DROP SEQUENCE IF EXISTS mover.{state_sequence};
 DROP SEQUENCE IF EXISTS mover.{refused_sequence};

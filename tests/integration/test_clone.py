@@ -10,7 +10,8 @@ import pytest
 from mover.core.errors import LeaseLost, Refused
 from mover.core.ids import Epoch, MigrationId, TableRef, TenantId
 from mover.core.secret import Secret
-from mover.postgres import agent, clone, owner, pg_dump
+from mover.core.tables import Holding
+from mover.postgres import agent, catalog, clone, owner, pg_dump
 from mover.postgres.connect import Database, Identity
 from mover.postgres.fingerprint import differences, fingerprint
 from tests.support.rich_schema import RICH_SCHEMA, RICH_SCHEMAS, ROLES
@@ -152,7 +153,13 @@ def target_schemas(target):
 
 
 async def drop(target, migration):
-    return await clone.drop_clone(target, TARGETS, migration, "tenant_id", TENANT)
+    return await clone.drop_clone(target, TARGETS, migration, await held(target), TENANT)
+
+
+async def held(target):
+    async with target.connect("test") as conn:
+        tables = await catalog.tables_with_column(conn, TARGETS, "tenant_id")
+    return [Holding(table, "tenant_id") for table in tables]
 
 
 @one_pair
@@ -215,7 +222,7 @@ async def test_an_owner_that_was_replaced_makes_nothing(sides):
     await owner.take(target, Identity(migration, Epoch(2)))
     for step in (
         clone.build_rest(stale, read, workers=1),
-        clone.drop_clone(stale, TARGETS, migration, "tenant_id", TENANT),
+        clone.drop_clone(stale, TARGETS, migration, await held(stale), TENANT),
         clone.keep_clone(stale, TARGETS, migration),
     ):
         with pytest.raises(LeaseLost):

@@ -19,7 +19,7 @@ from mover.postgres.locks import with_lock_timeout
 from mover.sql import load
 
 DOCUMENTS = TableRef("core_dms", "documents")
-NEED = IdentityNeed(DOCUMENTS, "tenant_id", ("id",))
+NEED = IdentityNeed(DOCUMENTS, ("tenant_id", "id"), ("id",))
 FIRST, SECOND = MigrationId(uuid4()), MigrationId(uuid4())
 SCHEMA = """
 create schema mover;
@@ -147,13 +147,15 @@ async def test_a_primary_key_with_the_tenant_needs_nothing(database, say):
     with client(database) as conn:
         conn.execute("alter table core_dms.documents drop constraint documents_pkey")
         conn.execute("alter table core_dms.documents add primary key (tenant_id, id)")
-    await ensure_identities(database, FIRST, [IdentityNeed(DOCUMENTS, "tenant_id", ("tenant_id", "id"))], say)
+    await ensure_identities(
+        database, FIRST, [IdentityNeed(DOCUMENTS, ("tenant_id", "id"), ("tenant_id", "id"))], say
+    )
     assert identity_of(database) == BEFORE
 
 
 @pytest.mark.parametrize("before", ["default", "nothing", "full"])
 async def test_without_a_key_it_is_the_whole_row_until_the_last_migration_ends(database, say, before):
-    need = IdentityNeed(DOCUMENTS, "tenant_id", ())
+    need = IdentityNeed(DOCUMENTS, ("tenant_id",), ())
     with client(database) as conn:
         conn.execute("alter table core_dms.documents drop constraint documents_pkey")
         conn.execute(f"alter table core_dms.documents replica identity {before}")
@@ -174,7 +176,7 @@ async def test_a_unique_key_without_the_tenant_gets_an_index_with_it(database, s
     with client(database) as conn:
         conn.execute("alter table core_dms.documents drop constraint documents_pkey")
         conn.execute("create unique index codes on core_dms.documents (code)")
-    await ensure_identities(database, FIRST, [IdentityNeed(DOCUMENTS, "tenant_id", ("code",))], say)
+    await ensure_identities(database, FIRST, [IdentityNeed(DOCUMENTS, ("tenant_id", "code"), ("code",))], say)
     assert identity_of(database) == ("i", OURS, ["core_dms.codes", OURS])
     await release_identities(database, FIRST, say)
     assert identity_of(database) == ("d", None, ["core_dms.codes"])

@@ -16,9 +16,10 @@ from mover.core.alignment import Difference
 from mover.core.ddl import created
 from mover.core.errors import SchemaChanged
 from mover.core.facts import Tenancy
-from mover.core.ids import MigrationId, TableRef, Tier
+from mover.core.ids import MigrationId, Side, TableRef, Tier
 from mover.core.migration import Place
 from mover.core.secret import Secret
+from mover.core.tables import Holding
 from mover.engine.preflight import judge
 from mover.postgres import catalog, clone, removal, writer
 from mover.postgres.connect import Database
@@ -259,7 +260,7 @@ CREATE TABLE app.visit_3 PARTITION OF app.visit FOR VALUES FROM (20) TO (30);
 CREATE TABLE app.loose (LIKE app.visit INCLUDING ALL);
 ALTER TABLE app.visit ATTACH PARTITION app.loose FOR VALUES FROM (30) TO (40);
 """
-VISIT = (TableRef("app", "visit"), "tenant_id")
+VISIT = Holding(TableRef("app", "visit"), "tenant_id")
 
 
 @pytest.fixture(params=["pg15", "pg16", "pg18"])
@@ -388,7 +389,7 @@ async def moving(pair):
     subject = Subject(plan.shape.tables, "SELECT 1", "SELECT 1")
     async with rig(pair.source, pair.target, subject=subject) as r:
         fence = PgFence(r.source, TENANT, "core", r.source.identity, 5)
-        await fence.install([(t.source, t.tenant_column) for t in subject.tables], "open", quiet)
+        await fence.install([t.holding(Side.SOURCE) for t in subject.tables], "open", quiet)
         async with r.following():
             yield r
 
@@ -558,7 +559,7 @@ async def test_the_tenants_rows_are_removed_partition_by_partition_in_bounded_ba
     monkeypatch.setattr(removal, "_one_batch", counted)
     async with moving(pair) as r:
         before = [tenant_multiset(r.source_url, *table, OTHER) for table in MEDICAL]
-        tables = [(t.source, t.tenant_column) for t in r.subject.tables]
+        tables = [t.holding(Side.SOURCE) for t in r.subject.tables]
         assert await removal.remove_rows(r.source, tables, TENANT, r.source.identity, quiet) == 730
         assert max(batches) == 20
         assert [tenant_multiset(r.source_url, *table, TENANT).count for table in MEDICAL] == [0] * 4

@@ -313,6 +313,12 @@ class Watch:
         self._frozen.execute("select pg_current_snapshot()")
         assert self._read()["phase"] != "cleanup", "the machine was too slow to look at the source"
 
+    @property
+    def source_at_switch(self) -> psycopg.Connection:
+        """Sees the source as it was when the tenant left it."""
+        assert self._frozen is not None, "the switch was not seen"
+        return self._frozen
+
     def close(self) -> None:
         if self._frozen is not None:
             self._frozen.close()

@@ -15,6 +15,7 @@ from psycopg import IsolationLevel, errors, sql
 
 from mover.core.ids import Epoch, MigrationId, TableRef, TenantId
 from mover.core.secret import Secret
+from mover.core.tables import Holding
 from mover.postgres import agent
 from mover.postgres.connect import Database, Identity
 from mover.postgres.fence import PgFence
@@ -23,7 +24,7 @@ from tests.support.waiting import until
 TENANT = TenantId(UUID(int=1))
 OTHER = TenantId(UUID(int=2))
 LEVELS = (IsolationLevel.READ_COMMITTED, IsolationLevel.REPEATABLE_READ, IsolationLevel.SERIALIZABLE)
-TABLES = [(TableRef("app", "item"), "tenant_id"), (TableRef("app", "part"), "tenant_id")]
+TABLES = [Holding(TableRef("app", "item"), "tenant_id"), Holding(TableRef("app", "part"), "tenant_id")]
 DDL = f"""
 CREATE SCHEMA app;
 CREATE TABLE app.item (

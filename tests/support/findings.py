@@ -68,6 +68,7 @@ def examples() -> Mapping[str, Facts]:
     virtual = ColumnFacts("v", "text", False, generated="v", identity="", collatable=True)
     old = replace(OTHER_SERVER, version_num=160014, extensions={"vector": "0.8"})
     no_tenant = table("logs", columns=(column("id"),))
+    note = table("notes", columns=(column("id"), column("parent_id")))
     ignoring = Tenancy("tenant_id", ignore_tables=frozenset({"core_dms.logs"}))
     foreign_root = table("visits_2026", root=TableRef("elsewhere", "visits"))
     return {
@@ -91,7 +92,11 @@ def examples() -> Mapping[str, Facts]:
         "few_connections": facts(source=server(connections_used=90)),
         "long_transactions": facts(source=server(long_transactions=long)),
         "no_tenant_column": facts(table("documents"), no_tenant),
-        "owned_table": facts(table("documents"), no_tenant, foreign_keys=[key("logs", "documents")]),
+        "owned_table": facts(
+            table("documents"), replace(note, indexes=()), foreign_keys=[key("notes", "documents")]
+        ),
+        "owned_rows": facts(table("documents"), note, foreign_keys=[key("notes", "documents")]),
+        "orphans": facts(orphans={note.ref: 3}),
         "no_key": facts(table("documents", indexes=())),
         "no_key_generated_columns": facts(
             table("documents", indexes=(), columns=(column("tenant_id"), replace(virtual, generated="s"))),

@@ -9,20 +9,30 @@ from hypothesis import strategies as st
 
 from mover.core.ids import TableRef
 from mover.core.plan_codec import decode_plan, encode_plan
-from mover.core.tables import Column, Finding, MovedTable, Plan, SequenceRef, Shape
+from mover.core.tables import Column, Finding, MovedTable, Owner, Plan, SequenceRef, Shape
 
 names = st.text(min_size=1, max_size=12)
 tables = st.builds(TableRef, names, names)
 columns = st.builds(Column, names, names, names, *(st.booleans() for _ in range(4)))
+texts = st.lists(names, max_size=2).map(tuple)
+owners = st.recursive(
+    st.just(()),
+    lambda deeper: st.lists(
+        st.builds(Owner, tables, tables, texts, texts, st.none() | names, deeper, st.booleans()), max_size=2
+    ).map(tuple),
+    max_leaves=3,
+)
 moved = st.builds(
     MovedTable,
     source=tables,
     target=tables,
     columns=st.lists(columns, max_size=3).map(tuple),
     key=st.lists(names, max_size=2).map(tuple),
-    tenant_column=names,
+    tenant_column=st.none() | names,
     estimated_rows=st.integers(0, 2**40),
     estimated_bytes=st.integers(0, 2**40),
+    owners=owners,
+    referenced=st.lists(texts, max_size=2).map(tuple),
 )
 shapes = st.builds(
     Shape,

@@ -1,0 +1,190 @@
+"""The tenant's changes among everybody's, in tables whose rows are the tenant's by foreign keys.
+
+The server cannot filter such a table's changes, so they are all in the stream. Whether a row is the
+tenant's after a change is known from the row that it then refers to, and whether it was before, from its
+being on the target: outside a batch the target is the source at some commit, and inside it every change so
+far is accounted for here, in order.
+
+Where a row comes to the tenant, or leaves, those that refer to it do so too, without a change of their own:
+it is noted in `rehomed`, and they are read again at the next consistent point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from mover.core.changes import (
+    UNCHANGED,
+    Delete,
+    Insert,
+    Rehomed,
+    Relation,
+    Row,
+    RowChange,
+    Unchanged,
+    Update,
+)
+from mover.core.copying import Key
+from mover.core.ids import TableRef
+from mover.core.presence import keys_of
+from mover.core.tables import MovedTable, Owner
+
+KeyOf: TypeAlias = Callable[[Relation, Row], Key]
+# The columns of a table by which rows are referred to, and which of their values are the tenant's.
+Reference: TypeAlias = tuple[TableRef, tuple[str, ...]]
+Values: TypeAlias = dict[Reference, set[Key]]
+
+
+@dataclass(slots=True)
+class Questions:
+    """What has to be known of the target before the changes."""
+
+    keys: dict[TableRef, set[Key]] = field(default_factory=dict)  # of owned rows: are they there?
+    values: Values = field(default_factory=dict)  # is there a row of the tenant that has them?
+
+
+@dataclass(slots=True)
+class Membership:
+    """Whose the rows are, change by change. `keys` and `values` begin as what the target has of those that
+    `questions` asked for."""
+
+    tables: Mapping[TableRef, MovedTable]  # the owned ones and those that own them
+    key_of: KeyOf
+    keys: dict[TableRef, set[Key]]
+    values: Values
+    rehomed: Values = field(default_factory=dict)  # with those noted earlier in the transaction
+    # What rows referred to that were not the tenant's, where what they refer to may come later.
+    awaited: Values = field(default_factory=dict)
+
+    def tenants(self, changes: Iterable[RowChange | Rehomed]) -> Iterator[RowChange]:
+        """The changes as the tenant's rows see them, in order."""
+        for change in changes:
+            if isinstance(change, Rehomed):
+                self._note_rehomed(change)
+                continue
+            table = self.tables.get(change.relation.table)
+            if table is None:
+                yield change
+            elif table.tenant_column is not None:
+                self._account(table, change)
+                yield change
+            else:
+                yield from self._owned(table, change)
+
+    def _owned(self, table: MovedTable, change: RowChange) -> Iterator[RowChange]:
+        old_key, new_key = keys_of(change, self.key_of)
+        there = self.keys.setdefault(table.source, set())
+        was_ours = old_key in there
+        is_ours = not isinstance(change, Delete) and self._is_ours(
+            table, change.relation, change.new, was_ours
+        )
+        there.discard(old_key)
+        if is_ours:
+            there.add(new_key)
+        if isinstance(change, Update) and was_ours != is_ours:
+            change = self._crossing(table, change, is_ours)
+        elif not (was_ours or is_ours):
+            return
+        self._account(table, change)
+        yield change
+
+    def _crossing(self, table: MovedTable, change: Update, is_ours: bool) -> RowChange:
+        """The row comes to the tenant or leaves, and with it those that refer to it."""
+        before = change.new if change.old is None else change.old
+        row = change.new if is_ours else before
+        for names in table.referenced:
+            self._note((table.source, names), _given(change.relation, row, names))
+        return Insert(change.relation, row) if is_ours else Delete(change.relation, row)
+
+    def _is_ours(self, table: MovedTable, relation: Relation, row: Row, was_ours: bool) -> bool:
+        """Whether one of the row's owners is the tenant's."""
+        is_ours = False
+        for owner in table.owners:
+            value = _values(relation, row, owner.columns)
+            if value is UNCHANGED:
+                is_ours |= was_ours
+            elif value is not None:
+                reference = (owner.source, owner.referenced)
+                if value in self.values.get(reference, ()):
+                    is_ours = True
+                elif owner.deferrable:
+                    self.awaited.setdefault(reference, set()).add(value)
+        return is_ours
+
+    def _account(self, table: MovedTable, change: RowChange) -> None:
+        """Whether others may now refer to the tenant's row."""
+        for names in table.referenced:
+            reference = (table.source, names)
+            there, is_noted = self.values.setdefault(reference, set()), False
+            if not isinstance(change, Insert) and change.old is not None:
+                value = _given(change.relation, change.old, names)
+                there.discard(value)
+                is_noted = value in self.rehomed.get(reference, ())
+            if isinstance(change, Delete) or (isinstance(change, Update) and change.old is None):
+                continue
+            value = _given(change.relation, change.new, names)
+            there.add(value)
+            if is_noted or value in self.awaited.get(reference, ()):
+                self._note(reference, value)
+
+    def _note_rehomed(self, rehomed: Rehomed) -> None:
+        table = self.tables.get(rehomed.table)
+        for names in table.referenced if table else ():
+            for row in rehomed.rows:
+                value = tuple(value for name in names if (value := row.get(name)) is not None)
+                if len(value) == len(names):
+                    self._note((rehomed.table, names), value)
+
+    def _note(self, reference: Reference, value: Key) -> None:
+        self.rehomed.setdefault(reference, set()).add(value)
+
+
+def questions(
+    changes: Iterable[RowChange | Rehomed], tables: Mapping[TableRef, MovedTable], key_of: KeyOf
+) -> Questions:
+    """What `Membership` has to know of the target before `changes`."""
+    asked = Questions()
+    for change in changes:
+        table = None if isinstance(change, Rehomed) else tables.get(change.relation.table)
+        if table is None or isinstance(change, Rehomed) or table.tenant_column is not None:
+            continue
+        asked.keys.setdefault(table.source, set()).update(keys_of(change, key_of))
+        if isinstance(change, Delete):
+            continue
+        for owner in table.owners:
+            value = _values(change.relation, change.new, owner.columns)
+            if value is not None and value is not UNCHANGED:
+                asked.values.setdefault((owner.source, owner.referenced), set()).add(value)
+    return asked
+
+
+def owning(tables: Iterable[MovedTable]) -> dict[TableRef, MovedTable]:
+    """The owned tables and those that own them."""
+    return {table.source: table for table in tables if table.owners or table.referenced}
+
+
+def owned_through(tables: Iterable[MovedTable], reference: Reference) -> Iterator[tuple[MovedTable, Owner]]:
+    """The tables whose rows refer to these columns, and by what."""
+    for table in tables:
+        for owner in table.owners:
+            if (owner.source, owner.referenced) == reference:
+                yield table, owner
+
+
+def _given(relation: Relation, row: Row, names: tuple[str, ...]) -> Key:
+    """Columns that allow no NULL and are a part of the replica identity, so that they are always sent."""
+    values = _values(relation, row, names)
+    assert isinstance(values, tuple)
+    return values
+
+
+def _values(relation: Relation, row: Row, names: tuple[str, ...]) -> Key | Unchanged | None:
+    """None where one is NULL: then the row refers to nothing."""
+    by_name = {column.name: value for column, value in zip(relation.columns, row, strict=True)}
+    values = [by_name[name] for name in names]
+    if any(value is None for value in values):
+        return None
+    texts = tuple(value.decode() for value in values if isinstance(value, bytes))
+    return texts if len(texts) == len(values) else UNCHANGED

@@ -1,0 +1,149 @@
+"""Which tables without the tenant column are owned: their rows are the tenant's by foreign keys. Pure.
+
+A row is the tenant's if one that it refers to is, through one foreign key whose columns are never NULL;
+where there is none, through any of those that lead to the tenant. A chain may be of any length and has no
+cycle: each table's owners are known before its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mover.core.facts import Facts, ForeignKey, Relation
+from mover.core.ids import TableRef
+from mover.core.tables import Owner
+
+# Equal values of these are written by the same letters, whichever of the types they have.
+_SAME_LETTERS = (
+    frozenset({"smallint", "integer", "bigint"}),
+    frozenset({"text", "character varying"}),
+    frozenset({"uuid"}),
+    frozenset({"date"}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """The owned tables, owners before what they own, each with the foreign keys that decide."""
+
+    keys: Mapping[TableRef, tuple[ForeignKey, ...]]
+    unfit: Mapping[TableRef, str]  # tables that hang on the tenant's in a way that cannot be followed: why
+
+    def owners(
+        self, table: TableRef, mapped: Callable[[TableRef], TableRef], tenant_column: str
+    ) -> tuple[Owner, ...]:
+        """None for a table that is not owned."""
+        return tuple(
+            Owner(
+                source=key.parent,
+                target=mapped(key.parent),
+                columns=key.child_columns,
+                referenced=key.parent_columns,
+                tenant_column=None if key.parent in self.keys else tenant_column,
+                owners=self.owners(key.parent, mapped, tenant_column),
+                deferrable=key.deferrable,
+            )
+            for key in self.keys.get(table, ())
+        )
+
+    def referenced(self, table: TableRef) -> tuple[tuple[str, ...], ...]:
+        """The columns by which owned tables refer to it."""
+        found = (key.parent_columns for keys in self.keys.values() for key in keys if key.parent == table)
+        return tuple(sorted(set(found)))
+
+
+def find_ownership(facts: Facts) -> Ownership:
+    """That of the source's tables."""
+    relations = facts.source.relations
+    tenants = {r.ref for r in relations if facts.is_tenant_table(r)}
+    candidates = {r.ref: r for r in relations if r.ref not in tenants and _may_be_owned(facts, r)}
+    return ownership_of({r.ref: r for r in relations}, facts.source.foreign_keys, tenants, candidates)
+
+
+def ownership_of(
+    relations: Mapping[TableRef, Relation],
+    foreign_keys: Sequence[ForeignKey],
+    tenants: set[TableRef],
+    candidates: Mapping[TableRef, Relation],
+) -> Ownership:
+    """`tenants` are the tables with the tenant column, `candidates` those that may be owned."""
+    leading: dict[TableRef, list[ForeignKey]] = {}
+    for key in foreign_keys:
+        if key.child in candidates and key.child != key.parent:
+            leading.setdefault(key.child, []).append(key)
+    keys: dict[TableRef, tuple[ForeignKey, ...]] = {}
+    while found := _next(leading, tenants | keys.keys(), keys, candidates):
+        keys.update(found)
+    unfit = {table: why for table in keys if (why := _unfit(table, keys, foreign_keys, relations))}
+    return Ownership(keys, unfit)
+
+
+def _may_be_owned(facts: Facts, relation: Relation) -> bool:
+    exempt = facts.tenancy.reference_tables | facts.tenancy.ignore_tables
+    return relation.kind in ("r", "p") and relation.root is None and not facts.listed(relation.ref, exempt)
+
+
+def _next(
+    leading: Mapping[TableRef, Sequence[ForeignKey]],
+    reached: set[TableRef],
+    known: Mapping[TableRef, tuple[ForeignKey, ...]],
+    candidates: Mapping[TableRef, Relation],
+) -> dict[TableRef, tuple[ForeignKey, ...]]:
+    """The tables that `reached` ones own: by a foreign key that is always given, or only then by others."""
+    open_keys = {
+        table: [key for key in keys if key.parent in reached]
+        for table, keys in leading.items()
+        if table not in known
+    }
+    given = {
+        table: sorted(there, key=lambda key: (key.parent in known, key.name))
+        for table, keys in open_keys.items()
+        if (there := [key for key in keys if set(key.child_columns) <= candidates[table].not_null])
+    }
+    if given:
+        return {table: (keys[0],) for table, keys in given.items()}
+    return {table: tuple(keys) for table, keys in open_keys.items() if keys}
+
+
+def _unfit(
+    table: TableRef,
+    keys: Mapping[TableRef, tuple[ForeignKey, ...]],
+    foreign_keys: Sequence[ForeignKey],
+    relations: Mapping[TableRef, Relation],
+) -> str | None:
+    """Why the rows of an owned table cannot be followed."""
+    child = relations[table]
+    if child.kind == "p":
+        return "is partitioned"
+    if not child.key:
+        return "has no key (primary or unique, of NOT NULL columns, not DEFERRABLE)"
+    is_optional = not set(keys[table][0].child_columns) <= child.not_null
+    if is_optional and any(key.child == key.parent == table for key in foreign_keys):
+        return "may belong to the tenant by a row of its own only"
+    for key in keys[table]:
+        if why := _unfit_key(key, child, relations[key.parent]):
+            return f"by {key.name} {why}"
+    return None
+
+
+def _unfit_key(key: ForeignKey, child: Relation, parent: Relation) -> str | None:
+    if not key.validated:
+        return "which is NOT VALID: rows may refer to nothing"
+    if parent.kind == "p":
+        return f"refers to {parent.ref}, which is partitioned: a change of its rows' tenant may not be seen"
+    if not set(key.parent_columns) <= parent.not_null:
+        return f"refers to columns of {parent.ref} that allow NULL"
+    pairs = zip(key.child_columns, key.parent_columns, strict=True)
+    if not all(_written_alike(child, mine, parent, other) for mine, other in pairs):
+        return f"refers to {parent.ref} by columns whose equal values may be written differently"
+    return None
+
+
+def _written_alike(child: Relation, name: str, parent: Relation, referenced: str) -> bool:
+    types = {
+        column.type.partition("(")[0]
+        for column in (child.column(name), parent.column(referenced))
+        if column is not None
+    }
+    return any(types <= alike for alike in _SAME_LETTERS)

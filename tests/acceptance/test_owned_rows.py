@@ -1,0 +1,90 @@
+"""A whole migration of tables without the tenant column, whose rows are the tenant's by foreign keys, while
+rows of all tenants change, and whose they are."""
+
+from __future__ import annotations
+
+import asyncio
+
+import psycopg
+import pytest
+
+from tests.support import binders
+from tests.support.acceptance import CORE, ESTATE, at, holding_off, killed
+
+
+def prepare(scene, *, shared: bool) -> None:
+    with psycopg.connect(scene.homes[CORE].url) as conn:
+        conn.execute(binders.ddl("core_dms"))
+        binders.make_ids(conn)
+        binders.seed(conn, "core_dms", [tenant.id for tenant in scene.tenants[:3]])
+    if shared:
+        with psycopg.connect(scene.homes[ESTATE].url) as conn:
+            neighbours = [t for (t,) in conn.execute("select distinct tenant_id from realestate_dms.folders")]
+            conn.execute(binders.ddl("realestate_dms"))
+            binders.seed(conn, "realestate_dms", neighbours, first_id=700_000)
+
+
+def changing(scene):
+    return binders.changing(scene.homes[CORE].url, "core_dms", [t.id for t in scene.tenants[:3]])
+
+
+def check_moved(scene, watch) -> None:
+    """The tenant's rows are on the target as they were at the switch, and no longer on the source."""
+    with psycopg.connect(scene.homes[CORE].url) as source, psycopg.connect(scene.homes[ESTATE].url) as target:
+        at_switch = binders.rows_of(watch.source_at_switch, "core_dms", scene.tenant)
+        assert binders.rows_of(target, "realestate_dms", scene.tenant) == at_switch
+        assert all(at_switch.values())
+        assert not any(binders.rows_of(source, "core_dms", scene.tenant).values())
+        others = binders.rows_of_others(watch.source_at_switch, "core_dms", scene.tenant)
+        assert binders.rows_of_others(source, "core_dms", scene.tenant) == others
+    watch.check_completed()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["fresh target", "beside other tenants"])
+async def test_owned_rows_move_with_those_that_own_them(make_scene, pg16, pg18, shared):
+    scene = make_scene(pg16, pg18, shared=shared)
+    prepare(scene, shared=shared)
+    watch = scene.watch()
+    async with scene.daemon() as stage:
+        async with changing(scene) as committed:
+            await watch.submit(stage)
+            await watch.until("monitoring", "completed")
+        watch.take_others()
+        await watch.until("completed")
+    assert committed[0] > 0
+    check_moved(scene, watch)
+
+
+@pytest.mark.parametrize("point", ["copy.chunk", "follow.applied", "removal.batch"])
+async def test_a_killed_daemon_takes_owned_rows_up_where_they_were(make_scene, pg16, pg18, point):
+    scene = make_scene(pg16, pg18)
+    prepare(scene, shared=False)
+    watch, stage = scene.watch(), scene.stage()
+    async with changing(scene), killed(stage):
+        await stage.start(**at(point))
+        await watch.submit(stage)
+        watching = asyncio.create_task(watch.for_ever())
+        assert stage.process is not None
+        await stage.process.wait()
+        watching.cancel()
+        async with scene.daemon("second"):
+            await watch.until("monitoring", "completed")
+            watch.take_others()
+            await watch.until("completed")
+    check_moved(scene, watch)
+
+
+async def test_cancelling_leaves_no_owned_rows_behind(make_scene, pg16, pg18):
+    scene = make_scene(pg16, pg18, shared=True)
+    prepare(scene, shared=True)
+    watch = scene.watch()
+    async with scene.daemon() as stage:
+        with holding_off(scene.homes[CORE], scene.tenant):
+            await watch.submit(stage)
+            await watch.until_row(lambda row: row["phase"] == "cutover")
+            async with stage.client() as api:
+                await api.act(watch.id, "cancel")
+            await watch.until("cancelled")
+    with psycopg.connect(scene.homes[ESTATE].url) as target:
+        assert not any(binders.rows_of(target, "realestate_dms", scene.tenant).values())
+    watch.check_undone("cancelled")

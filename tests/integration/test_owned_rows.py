@@ -1,0 +1,192 @@
+"""Rows that are the tenant's by foreign keys: what the follower promises, under everybody's random writes."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import psycopg
+import pytest
+
+from mover.core.facts import Facts, Tenancy
+from mover.core.ids import Side
+from mover.core.tables import Shape
+from mover.engine.preflight import judge_again
+from mover.postgres import catalog, identity
+from mover.postgres.fence import PgFence
+from mover.postgres.identity import IdentityNeed
+from tests.support import binders
+from tests.support.rig import OTHER, TENANT, Subject, execute, rig
+
+
+async def quiet(_: str) -> None:
+    pass
+
+
+async def shape_of(source_url: str, target_url: str) -> Shape:
+    sides = []
+    for url in (source_url, target_url):
+        async with await psycopg.AsyncConnection.connect(url) as conn:
+            sides.append(await catalog.read_side(conn, ["app"], "a side"))
+    facts = Facts(TENANT, Tenancy("tenant_id"), {"app": "app"}, *sides, connections_wanted=0)
+    shape, refusals = judge_again(facts, Shape({}, (), fresh=False))
+    assert refusals == ()
+    return shape
+
+
+@asynccontextmanager
+async def owned_rig(pair, binders_per_tenant=20):
+    """Binders on both sides, those of other tenants on the target as well; what others refer to tells of a
+    change of its tenant."""
+    for url in (pair.source, pair.target):
+        with psycopg.connect(url) as conn:
+            conn.execute(binders.ddl("app"))
+            binders.make_ids(conn)
+    with psycopg.connect(pair.source) as conn:
+        binders.seed(conn, "app", [TENANT, OTHER], binders_per_tenant)
+        conn.execute(binders.ON_BOTH.replace("{schema}", "app"))
+    shape = await shape_of(pair.source, pair.target)
+    async with AsyncExitStack() as stack:
+        r = await stack.enter_async_context(
+            rig(pair.source, pair.target, subject=Subject(shape.tables, ddl="", identity=""))
+        )
+        needs = [IdentityNeed(t.source, t.identity, t.key) for t in shape.tables]
+        await identity.ensure_identities(r.source, r.migration, needs, quiet)
+        fence = PgFence(r.source, TENANT, "v", r.source.identity, 1.0)
+        await fence.install([t.holding(Side.SOURCE) for t in shape.tables], "open", quiet)
+        yield r
+
+
+async def differences(r) -> dict:
+    """What the two sides do not have in common at a consistent point."""
+    async with AsyncExitStack() as lifetime, r.follower.hold(lifetime) as point:
+        with psycopg.connect(r.source_url) as source, psycopg.connect(r.target_url) as target:
+            source.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            source.execute(f"set transaction snapshot '{point.snapshot_id}'")
+            ours, theirs = (binders.rows_of(conn, "app", TENANT) for conn in (source, target))
+            others = binders.rows_of_others(target, "app", TENANT)
+            assert sum(map(len, ours.values())) > 0
+    differing = {
+        t: {"missing": set(ours[t]) - set(theirs[t]), "extra": set(theirs[t]) - set(ours[t])}
+        for t in ours
+        if ours[t] != theirs[t]
+    }
+    return differing | {f"others {t}": rows for t, rows in others.items() if rows}
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_the_target_is_the_source_at_every_consistent_point(pair, seed):
+    async with owned_rig(pair) as r, r.following():
+        async with binders.changing(pair.source, "app", [TENANT, OTHER], seed=seed) as committed:
+            await r.copy().run()
+            for _ in range(12):
+                assert await differences(r) == {}
+        assert committed[0] > 50
+        await r.follower.catch_up_once()
+        assert await differences(r) == {}
+
+
+async def test_truncating_what_others_belong_to_empties_them_too(pair):
+    async with owned_rig(pair, binders_per_tenant=3) as r, r.following():
+        await r.copy().run()
+        execute(pair.source, "truncate app.sheets cascade")
+        execute(pair.source, "insert into app.sheets (binder_id) select id from app.binders")
+        await r.follower.catch_up_once()
+        assert await differences(r) == {}
+        execute(pair.source, "truncate app.marks")
+        execute(pair.source, "truncate app.binders cascade")
+        execute(pair.source, "insert into app.binders (tenant_id, code) values (%s, 'last')", TENANT)
+        await r.follower.catch_up_once()
+        assert await differences(r) == {}
+
+
+async def test_a_subtree_comes_and_goes_with_its_binder(pair):
+    async with owned_rig(pair, binders_per_tenant=3) as r, r.following():
+        await r.copy().run()
+        count = "select count(*) from app.marks"
+        assert execute(pair.target, count) == [(36,)]
+        execute(pair.source, "update app.binders set tenant_id = %s where tenant_id = %s", TENANT, OTHER)
+        await r.follower.catch_up_once()
+        assert execute(pair.target, count) == [(72,)]
+        assert await differences(r) == {}
+        some = "(select id from app.binders order by id limit 4)"
+        execute(pair.source, f"update app.binders set tenant_id = %s where id in {some}", OTHER)
+        await r.follower.catch_up_once()
+        assert execute(pair.target, count) == [(24,)]
+        assert await differences(r) == {}
+
+
+async def test_another_tenants_rows_on_the_target_are_never_touched(pair):
+    """Also where its keys are those of rows that leave the tenant, or never were his, on the source."""
+    of_others = (
+        "select s.id from app.sheets s join app.binders b on b.id = s.binder_id where b.tenant_id = %s"
+    )
+    async with owned_rig(pair, binders_per_tenant=3) as r, r.following():
+        sheets = [id for (id,) in execute(pair.source, of_others, OTHER)]
+        with psycopg.connect(pair.target) as conn:
+            conn.execute(
+                "insert into app.binders (id, tenant_id, code) overriding system value"
+                " values (900001, %s, 'theirs')",
+                (OTHER,),
+            )
+            conn.execute("insert into app.sheets (id, binder_id) select unnest(%s), 900001", (sheets,))
+            conn.execute("insert into app.marks select unnest(%s::bigint[]), 'red', 1", (sheets,))
+            before = binders.rows_of_others(conn, "app", TENANT)
+        await r.copy().run()
+        execute(pair.source, "update app.sheets set place = 7 where id = any(%s)", sheets)
+        execute(pair.source, "update app.marks set weight = 7 where sheet_id = any(%s)", sheets)
+        execute(pair.source, "delete from app.sheets where id = any(%s)", sheets[:2])
+        execute(pair.source, "update app.binders set tenant_id = %s where id = 1", OTHER)
+        await r.follower.catch_up_once()
+        with psycopg.connect(pair.target) as conn:
+            assert binders.rows_of_others(conn, "app", TENANT) == before
+            assert not execute(pair.target, "select from app.binders where id = 1")
+
+
+async def test_the_fence_holds_what_is_the_tenants_by_its_owner(pair):
+    """Writers of the tenant's rows hold its lock, those of other tenants' do not."""
+    async with owned_rig(pair, binders_per_tenant=2):
+        held = "select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()"
+        writes = (
+            "insert into app.marks select id, 'new', 1 from app.sheets where binder_id = {id}",
+            "update app.sheets set place = 1 where binder_id = {id}",
+            "delete from app.remarks where sheet_id in (select id from app.sheets where binder_id = {id})",
+            "update app.stickers set note = 'x' from app.binders b where code = binder_code and b.id = {id}",
+        )
+        for tenant, locks in ((TENANT, 1), (OTHER, 0)):
+            ((binder,),) = execute(
+                pair.source, "select min(id) from app.binders where tenant_id = %s", tenant
+            )
+            for write in writes:
+                with psycopg.connect(pair.source) as conn:
+                    assert conn.execute(write.format(id=binder)).rowcount > 0
+                    assert conn.execute(held).fetchone() == (locks,), write
+                    conn.rollback()
+
+
+@pytest.mark.parametrize("level", ["read committed", "repeatable read", "serializable"])
+async def test_a_writer_with_an_old_snapshot_is_not_fooled_about_whose_a_row_is(pair, level):
+    """The sheet's binder came to the tenant after the writer's snapshot: it writes under the tenant's lock,
+    or not at all."""
+    async with owned_rig(pair, binders_per_tenant=2):
+        ((binder,),) = execute(pair.source, "select min(id) from app.binders where tenant_id = %s", OTHER)
+        with psycopg.connect(pair.source) as writer:
+            writer.execute(f"set transaction isolation level {level}")
+            writer.execute("select count(*) from app.binders")
+            execute(pair.source, "update app.binders set tenant_id = %s where id = %s", TENANT, binder)
+            write = "update app.marks set weight = 0 from app.sheets where id = sheet_id and binder_id = %s"
+            if level == "read committed":
+                writer.execute(write, (binder,))
+                held = "select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()"
+                assert writer.execute(held).fetchone() == (1,)
+            else:
+                with pytest.raises(psycopg.errors.SerializationFailure):
+                    writer.execute(write, (binder,))
+
+
+async def test_everything_of_the_guards_goes(pair):
+    async with owned_rig(pair, binders_per_tenant=2) as r:
+        fence = PgFence(r.source, TENANT, "v", r.source.identity, 1.0)
+        await fence.remove(quiet)
+        functions = "select count(*) from pg_proc where pronamespace = 'mover'::regnamespace"
+        triggers = "select count(*) from pg_trigger where tgname like 'mover%'"
+        assert execute(pair.source, functions) == execute(pair.source, triggers) == [(0,)]
