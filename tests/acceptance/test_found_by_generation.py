@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.drafts import OTHER, TENANT, Schema
 from tests.support.generated_move import Example, Servers, Tuning, run_example
 from tests.support.queue import platform_database
-from tests.support.shapes import OTHER, TENANT, Schema
 from tests.support.timelines import GATES, Action, Gate
 
 SMALL_PIECES = Tuning("shared", reordered=False, chunk_rows=1, wave_s=0.0001, small_batch=0)
