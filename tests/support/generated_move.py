@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-import psycopg
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -20,25 +19,28 @@ from mover.app import SystemClock, Workshop
 from mover.config import Config
 from mover.core.ids import TenantId, Tier
 from mover.core.migration import Claim, MigrationRequest
+from mover.core.secret import Secret
 from mover.core.states import Status
 from mover.demo.servers import Cluster
 from mover.engine import daemon, move
 from mover.engine.daemon import Work
 from mover.metrics import Metrics
 from mover.postgres import bulk, writer
-from mover.postgres.store import Store, open_store
-from tests.support.checks import leftovers
+from mover.postgres.platform_pool import PlatformPool
+from mover.postgres.store import Store
 from tests.support.drafts import TENANT, Draw, Schema
 from tests.support.places import Place, assert_same
-from tests.support.queue import ORGANIZATIONS
-from tests.support.shapes import schemas
+from tests.support.queue import ORGANIZATIONS, platform_database
+from tests.support.shapes import Key, schemas
 from tests.support.timelines import Gate, Timeline, neighbours, seeding, timelines
 from tests.support.writers import Writers
 
 # A transaction that stands in the way of the mover's step is ended after so long.
-PATIENCE_S = 0.5
+PATIENCE_S = 0.25
 EXAMPLE_TIMEOUT_S = 90
 LEASE_S = 10
+PLATFORM_ANSWER_S = 10
+TARGETS = ("fresh", "shared", "same")
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,15 @@ class Example:
 
 
 @st.composite
-def examples(draw: Draw, *, major: int = 16, rich_build: bool = False) -> Example:
-    schema = draw(schemas(major=major, rich_build=rich_build))
+def examples(
+    draw: Draw, target: str, first_key: Key, *, major: int = 16, rich_build: bool = False
+) -> Example:
+    schema = draw(schemas(first_key, major=major, rich_build=rich_build))
     tuning = Tuning(
-        target=draw(st.sampled_from(["fresh", "shared", "shared", "same"])),
+        target=target,
         reordered=draw(st.booleans()),
         chunk_rows=draw(st.sampled_from([1, 2, 1000])),
-        wave_s=draw(st.sampled_from([0.0001, 600.0])),
+        wave_s=draw(st.sampled_from([0.0001, 600.0, 600.0])),
         small_batch=draw(st.sampled_from([0, 200])),
     )
     seeds = tuple(seeding(draw, schema))
@@ -94,6 +98,20 @@ class Servers:
     source_url: str
     target_url: str
     platform_url: str
+    platform: PlatformPool
+
+    @classmethod
+    @asynccontextmanager
+    async def between(
+        cls, source: Cluster, target: Cluster, source_url: str, target_url: str, platform_url: str
+    ) -> AsyncIterator[Servers]:
+        await platform_database(platform_url)
+        pool = PlatformPool(Secret(platform_url), PLATFORM_ANSWER_S)
+        await pool.open()
+        try:
+            yield cls(source, target, source_url, target_url, platform_url, pool)
+        finally:
+            await pool.close()
 
     def begin_anew(self) -> None:
         """After a failure there may be anything, on slots and in prepared transactions as well."""
@@ -133,22 +151,24 @@ def _small_pieces(tuning: Tuning) -> Iterator[None]:
 @contextmanager
 def _places(servers: Servers, example: Example) -> Iterator[tuple[Place, Place]]:
     """The source with its rows, and the target as the example wants it; both are empty again at the end."""
-    source = Place(servers.source_url, "core", example.schema.services)
-    is_same = example.tuning.target == "same"
-    url = servers.source_url if is_same else servers.target_url
-    target = Place(url, "realestate", example.schema.services)
+    services, tuning = example.schema.services, example.tuning
+    target_url = servers.source_url if tuning.target == "same" else servers.target_url
     try:
-        source.fill([*example.schema.create(), *example.seeds])
-        if example.tuning.target == "shared":
-            target.fill(example.schema.create(reordered=example.tuning.reordered))
-            target.move_sequences_ahead()
-            target.fill(example.neighbours)
-        yield source, target
+        with (
+            Place.at(servers.source_url, "core", services) as source,
+            Place.at(target_url, "realestate", services) as target,
+        ):
+            source.fill([*example.schema.create(), *example.seeds])
+            if tuning.target == "shared":
+                target.fill(example.schema.create(reordered=tuning.reordered))
+                target.move_sequences_ahead()
+                target.fill(example.neighbours)
+            yield source, target
+            source.empty()
+            target.empty()
     except BaseException:
         servers.begin_anew()
         raise
-    source.empty()
-    target.empty()
 
 
 class GatedStore:
@@ -196,21 +216,19 @@ class _Run:
         return self.example.schema.tenant_column
 
     async def run(self) -> None:
-        self.left_before = leftovers(self.source.url), leftovers(self.target.url)
+        self.left_before = self.source.leftovers(), self.target.leftovers()
         self.others_before = self.target.rows(self.column, TENANT, others=True)
-        async with self._store() as store, self.writers.closing():
+        store = self._store()
+        async with self.writers.closing():
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._move(store))
                 tasks.create_task(self._write(store))
         self._check_the_end()
 
-    @asynccontextmanager
-    async def _store(self) -> AsyncIterator[GatedStore]:
-        config = self._config
-        async with open_store(
-            config.platform.database_url, ORGANIZATIONS, config.configured_url, decision_seconds=5
-        ) as store:
-            yield GatedStore(store, {step.name for step in self.example.timeline if isinstance(step, Gate)})
+    def _store(self) -> GatedStore:
+        pool = self.servers.platform
+        store = Store(pool, ORGANIZATIONS, self._config.configured_url, decision_seconds=5)
+        return GatedStore(store, {step.name for step in self.example.timeline if isinstance(step, Gate)})
 
     @property
     def _tier(self) -> Tier:
@@ -240,10 +258,10 @@ class _Run:
     async def _move(self, store: GatedStore) -> None:
         """As a daemon works: claims until nothing is due."""
         config = self._config
-        with psycopg.connect(self.servers.platform_url) as conn:
-            conn.execute("delete from platform.tenant_migrations")
-            conn.execute("delete from auth.organizations")
-            conn.execute(
+        async with self.servers.platform.transaction() as conn:
+            await conn.execute("delete from platform.tenant_migrations")
+            await conn.execute("delete from auth.organizations")
+            await conn.execute(
                 "insert into auth.organizations (id, name, vertical, isolation_tier)"
                 " values (%s, 'A', 'core', 'schema')",
                 (TENANT,),
@@ -299,8 +317,9 @@ class _Run:
         assert_same(self.source.rows(self.column, TENANT), self.target.rows(self.column, TENANT))
         if self.target.url != self.source.url:
             assert_same(self.others_before, self.target.rows(self.column, TENANT, others=True))
+        theirs = self.target.sequences()
         for name, (last, called, increment) in self.source.sequences().items():
-            there, there_called, _ = self.target.sequences()[name]
+            there, there_called, _ = theirs[name]
             given = last + increment * called, there + increment * there_called
             assert given[0] * increment <= given[1] * increment, f"sequence {name} lags: {given}"
 
@@ -314,5 +333,5 @@ class _Run:
         left_behind = self.source.rows(self.column, TENANT)
         assert not any(left_behind.values()), f"rows are left on the source: {left_behind}"
         for place, before in zip((self.source, self.target), self.left_before, strict=True):
-            now = leftovers(place.url)
-            assert sorted(now) == sorted(before), f"{place.vertical}: {before} before, {now} after"
+            now = place.leftovers()
+            assert now == before, f"{place.vertical}: {before} before, {now} after"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from uuid import UUID
 
 import psycopg
 from psycopg import sql
 
-from tests.support.checks import Table, connect, tenant_tables
+from tests.support.checks import Table, connect, leftovers_on, tenant_tables_on
 from tests.support.drafts import quoted
 
 
@@ -21,6 +22,13 @@ class Place:
     url: str
     vertical: str
     services: tuple[str, ...]
+    conn: psycopg.Connection = field(repr=False, compare=False)
+
+    @classmethod
+    @contextmanager
+    def at(cls, url: str, vertical: str, services: tuple[str, ...]) -> Iterator[Place]:
+        with connect(url) as conn:
+            yield cls(url, vertical, services, conn)
 
     @property
     def schemas(self) -> list[str]:
@@ -34,51 +42,50 @@ class Place:
 
     def fill(self, statements: Sequence[str]) -> None:
         """Rows that a constraint refuses are left out."""
-        with psycopg.connect(self.url, autocommit=True) as conn:
-            for statement in statements:
-                try:
-                    conn.execute(self.text(statement))
-                except psycopg.errors.IntegrityError:
-                    continue
+        for statement in statements:
+            try:
+                self.conn.execute(self.text(statement))
+            except psycopg.errors.IntegrityError:
+                continue
 
     def empty(self) -> None:
-        with psycopg.connect(self.url, autocommit=True) as conn:
-            for schema in self.schemas:
-                conn.execute(sql.SQL("drop schema if exists {} cascade").format(sql.Identifier(schema)))
+        for schema in self.schemas:
+            self.conn.execute(sql.SQL("drop schema if exists {} cascade").format(sql.Identifier(schema)))
 
     def move_sequences_ahead(self) -> None:
         """Neighbours have other numbers than the tenant that comes."""
-        with psycopg.connect(self.url, autocommit=True) as conn:
-            conn.execute(
-                "select setval(format('%I.%I', schemaname, sequencename)::regclass,"
-                " case when increment_by > 0 then 20000 else -20000 end) from pg_sequences"
-            )
+        self.conn.execute(
+            "select setval(format('%I.%I', schemaname, sequencename)::regclass,"
+            " case when increment_by > 0 then 20000 else -20000 end) from pg_sequences"
+        )
 
     def rows(self, tenant_column: str, *tenants: UUID, others: bool = False) -> dict[str, Counter[str]]:
         """The rows of these tenants, or of all others, by table without its schema."""
-        found = {}
-        with connect(self.url) as conn:
-            for table in tenant_tables(self.url, self.schemas, tenant_column):
-                name = f"{self.schemas.index(table[0])}.{table[1]}"
-                found[name] = _contents(conn, table, tenant_column, tenants, others)
-        return found
+        return {
+            f"{self.schemas.index(table[0])}.{table[1]}": _contents(
+                self.conn, table, tenant_column, tenants, others
+            )
+            for table in tenant_tables_on(self.conn, self.schemas, tenant_column)
+        }
+
+    def leftovers(self) -> list[str]:
+        return sorted(leftovers_on(self.conn))
 
     def sequences(self) -> dict[str, tuple[int, bool, int]]:
         """(last_value, is_called, increment) by the name without its schema."""
-        with connect(self.url) as conn:
-            named = conn.execute(
-                "select schemaname, sequencename, increment_by from pg_sequences where schemaname = any(%s)",
-                (self.schemas,),
-            ).fetchall()
-            return {
-                f"{self.schemas.index(schema)}.{name}": (
-                    *conn.execute(
-                        sql.SQL("select last_value, is_called from {}").format(sql.Identifier(schema, name))
-                    ).fetchone(),
-                    increment,
-                )
-                for schema, name, increment in named
-            }
+        named = self.conn.execute(
+            "select schemaname, sequencename, increment_by from pg_sequences where schemaname = any(%s)",
+            (self.schemas,),
+        ).fetchall()
+        return {
+            f"{self.schemas.index(schema)}.{name}": (
+                *self.conn.execute(
+                    sql.SQL("select last_value, is_called from {}").format(sql.Identifier(schema, name))
+                ).fetchone(),
+                increment,
+            )
+            for schema, name, increment in named
+        }
 
 
 def _contents(

@@ -74,7 +74,8 @@ def timelines(draw: Draw, schema: Schema) -> Timeline:
 
 
 def seeding(draw: Draw, schema: Schema) -> list[str]:
-    """Rows of both tenants of the source, there before the move; one of each in any case."""
+    """Rows of both tenants of the source, there before the move; one of each in any case, without which
+    the move is refused."""
     anchor = f"INSERT INTO «0».anchor VALUES ('{TENANT}'), ('{OTHER}')"
     return [anchor] + [
         insert(draw, table, tenant, draw(st.integers(1, 4)))
