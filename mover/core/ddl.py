@@ -80,6 +80,7 @@ _TOKEN = re.compile(
 )
 _BLOCK_EDGE = re.compile(r"/\*|\*/")
 _ENTRY = re.compile(r"-- Name: (?P<name>.*); Type: (?P<type>[A-Z ]+); Schema: .*; Owner: ")
+_PLAIN = re.compile(r"[a-z0-9_]+")
 _SIMPLE_NAME = re.compile(r"[a-z_][a-z0-9_$]*\Z")
 
 _REG_TYPES = {"regclass", "regtype", "regproc", "regprocedure", "regoper", "regoperator", "regcollation"}
@@ -177,7 +178,15 @@ def rename_schemas(sql: str, schemas: Mapping[str, str]) -> str:
     to nextval() and the like, and the same inside the body of an SQL or PL/pgSQL function. Other literals
     and comments stay as they are.
     """
+    lowered = sql.lower()
+    if not any(_plain_part(schema) in lowered for schema in schemas):
+        return sql  # most texts, and taking one apart is slow
     return _Renamer(list(tokens(sql)), schemas).run()
+
+
+def _plain_part(name: str) -> str:
+    """What stays in the name, however it is quoted or escaped: its longest part in plain letters."""
+    return max(_PLAIN.findall(name.lower()), key=len, default="")
 
 
 def rename_body(body: str, language: str, schemas: Mapping[str, str]) -> str:

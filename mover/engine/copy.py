@@ -50,17 +50,16 @@ class WaveCopy:
     on_chunk: Callable[[int, int], None]
 
     async def run(self) -> None:
-        while await self._remaining():
-            await self._wave()
+        while remaining := self._remaining(await self.copier.chunks()):
+            await self._wave(remaining)
 
     async def load(self) -> None:
         """Tell the applier which rows are there already, before it starts."""
         chunks = await self._show_copied()
         await self.build_keys([t for t in self.shape.tables if any(c.done for c in chunks.get(t.source, ()))])
 
-    async def _remaining(self) -> list[Work | MovedTable]:
+    def _remaining(self, chunks: Mapping[TableRef, Sequence[Chunk]]) -> list[Work | MovedTable]:
         """Chunks not yet copied, and tables not yet split into chunks, of tables whose owners are there."""
-        chunks = await self.copier.chunks()
         there = {table for table, found in chunks.items() if all(c.done for c in found)}
         remaining: list[Work | MovedTable] = []
         for table in self.shape.tables:
@@ -71,12 +70,12 @@ class WaveCopy:
             remaining += [(table, c) for c in chunks.get(table.source, ()) if not c.done]
         return remaining
 
-    async def _wave(self) -> None:
+    async def _wave(self, remaining: Sequence[Work | MovedTable]) -> None:
         touched: dict[MovedTable, None] = {}
         async with AsyncExitStack() as lifetime, self.follower.hold(lifetime) as point:
             await self.check_schemas()
             started = self.clock.monotonic()
-            queue = await self._queue(point.snapshot_id)
+            queue = await self._queue(remaining, point.snapshot_id)
 
             async def work() -> None:
                 async with self.copier.worker(point.snapshot_id) as worker:
@@ -100,15 +99,15 @@ class WaveCopy:
             # Changes find their rows by key: before they flow, the key must have its index.
             await self.build_keys(list(touched))
 
-    async def _queue(self, snapshot_id: str) -> list[Work]:
+    async def _queue(self, remaining: Sequence[Work | MovedTable], snapshot_id: str) -> list[Work]:
         """What this wave may copy: largest tables first, so that no worker idles at the end."""
         work: list[Work] = []
-        for remaining in await self._remaining():
-            if isinstance(remaining, MovedTable):
-                chunks = await self.copier.plan_chunks(remaining, snapshot_id)
-                work += [(remaining, chunk) for chunk in chunks]
+        for part in remaining:
+            if isinstance(part, MovedTable):
+                chunks = await self.copier.plan_chunks(part, snapshot_id)
+                work += [(part, chunk) for chunk in chunks]
             else:
-                work.append(remaining)
+                work.append(part)
         return sorted(work, key=lambda w: (-w[0].estimated_bytes, w[0].source, w[1].number))
 
     async def _show_copied(self) -> Mapping[TableRef, Sequence[Chunk]]:

@@ -58,9 +58,10 @@ async def ensure_identities(
 ) -> None:
     """Give each table an identity that covers what it needs. Repeatable; never blocks writers for longer
     than a lock timeout. Raises LockNotAvailable when long transactions stay in the way."""
-    for need in needs:
-        async with database.connect("identity") as conn, _turn(conn, need.table, say):
-            await _ensure(conn, database, migration, need, say)
+    async with database.connect("identity") as conn:
+        for need in needs:
+            async with _turn(conn, need.table, say):
+                await _ensure(conn, database, migration, need, say)
 
 
 async def _ensure(

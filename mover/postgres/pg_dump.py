@@ -47,12 +47,18 @@ class PgDump:
     major: int
 
 
+_identified: dict[Path, PgDump | None] = {}  # asked once: starting four programs takes as long as a dump
+
+
 async def find(needed_major: int, bin_dirs: Sequence[Path] = ()) -> PgDump:
     """The newest pg_dump; raises Refused when none reads servers of `needed_major`.
 
     Looked for in `bin_dirs`, on PATH, where Debian installs it, and in the embedded wheel."""
-    found = [await _identify(path) for path in _candidates(tuple(bin_dirs))]
-    newest = max((f for f in found if f is not None), key=lambda f: f.major, default=None)
+    paths = _candidates(tuple(bin_dirs))
+    for path in paths:
+        if path not in _identified:
+            _identified[path] = await _identify(path)
+    newest = max((f for path in paths if (f := _identified[path])), key=lambda f: f.major, default=None)
     if newest is None or newest.major < needed_major:
         have = f"only version {newest.major} is there" if newest else "none is there"
         raise Refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mover.demo.servers import Cluster, PostgresServer, RedisServer
 from mover.postgres.platform import initialise
 from tests.conftest import MakeDatabase
 from tests.support.acceptance import CORE, ESTATE, Home, Scene
+from tests.support.generated_move import Servers
 from tests.support.platform import APP_PASSWORD, prepare_empty, seed_database
 
 MakeScene = Callable[..., Scene]
@@ -41,6 +43,23 @@ def spare_server() -> Iterator[Cluster]:
     """To be named before `make_scene`, so that it outlives the databases on it."""
     with PostgresServer(16, fsync=False) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def between() -> Callable[[Cluster, Cluster], AbstractAsyncContextManager[Servers]]:
+    """`between(source, target)`: databases for generated moves, the same ones for every test."""
+    made: dict[tuple[str, str], str] = {}
+
+    def url(server: Cluster, name: str) -> str:
+        if (server.url(), name) not in made:
+            made[server.url(), name] = server.create_database(name)
+        return made[server.url(), name]
+
+    def opened(source: Cluster, target: Cluster) -> AbstractAsyncContextManager[Servers]:
+        urls = url(source, "generated"), url(target, "generated_target"), url(target, "generated_platform")
+        return Servers.between(source, target, *urls)
+
+    return opened
 
 
 @pytest.fixture(scope="session")

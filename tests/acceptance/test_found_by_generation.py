@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
+
 import pytest
 
+from tests.support.drafts import OTHER, TENANT, Schema
 from tests.support.generated_move import Example, Servers, Tuning, run_example
-from tests.support.queue import platform_database
-from tests.support.shapes import OTHER, TENANT, Schema
 from tests.support.timelines import GATES, Action, Gate
 
 SMALL_PIECES = Tuning("shared", reordered=False, chunk_rows=1, wave_s=0.0001, small_batch=0)
@@ -19,15 +20,18 @@ T = f"'{TENANT}'"
 
 
 @pytest.fixture
-def servers(pg16, pg18, make_database) -> Servers:
-    return Servers(pg18, pg16, make_database(pg18), make_database(pg16), make_database(pg16))
+def servers(pg16, pg18, between) -> AbstractAsyncContextManager[Servers]:
+    return between(pg18, pg16)
 
 
 async def moves(
-    servers: Servers, tuning: Tuning, ddl: list[str], seeds: list[str], **statements: list[str]
+    servers: AbstractAsyncContextManager[Servers],
+    tuning: Tuning,
+    ddl: list[str],
+    seeds: list[str],
+    **statements: list[str],
 ) -> None:
     """`statements` of the tenant, each a transaction, by the step of the journal that they run beside."""
-    await platform_database(servers.platform_url)
     by_gate = {name.replace("__", "."): found for name, found in statements.items()}
     timeline = [
         step
@@ -35,7 +39,8 @@ async def moves(
         for step in (Gate(gate), *(s for sql in by_gate.get(gate, []) for s in transaction(sql)))
     ]
     schema = Schema("tenant_id", ("app",), (), tuple(ddl))
-    await run_example(servers, Example(schema, tuple(seeds), (), timeline, tuning))
+    async with servers as opened:
+        await run_example(opened, Example(schema, tuple(seeds), (), timeline, tuning))
 
 
 def transaction(sql: str) -> list[Action]:

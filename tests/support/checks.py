@@ -30,23 +30,30 @@ class Multiset:
 
 
 def connect(url: str) -> psycopg.Connection:
-    return psycopg.connect(url, autocommit=True, options=TEXT_OPTIONS, application_name="checks")
+    # Not prepared: tables change between two looks.
+    return psycopg.connect(
+        url, autocommit=True, options=TEXT_OPTIONS, application_name="checks", prepare_threshold=None
+    )
 
 
 def tenant_tables(url: str, schemas: Iterable[str], tenant_column: str = "tenant_id") -> list[Table]:
     """The ordinary and partitioned tables that have the tenant column."""
     with connect(url) as conn:
-        return conn.execute(
-            """
-            select n.nspname, c.relname
-              from pg_class c
-              join pg_namespace n on n.oid = c.relnamespace
-              join pg_attribute a on a.attrelid = c.oid and a.attname = %s and not a.attisdropped
-             where n.nspname = any(%s) and c.relkind in ('r', 'p') and not c.relispartition
-             order by 1, 2
-            """,
-            (tenant_column, list(schemas)),
-        ).fetchall()
+        return tenant_tables_on(conn, schemas, tenant_column)
+
+
+def tenant_tables_on(conn: psycopg.Connection, schemas: Iterable[str], tenant_column: str) -> list[Table]:
+    return conn.execute(
+        """
+        select n.nspname, c.relname
+          from pg_class c
+          join pg_namespace n on n.oid = c.relnamespace
+          join pg_attribute a on a.attrelid = c.oid and a.attname = %s and not a.attisdropped
+         where n.nspname = any(%s) and c.relkind in ('r', 'p') and not c.relispartition
+         order by 1, 2
+        """,
+        (tenant_column, list(schemas)),
+    ).fetchall()
 
 
 def mapped(tables: Iterable[Table], schemas: Mapping[str, str]) -> dict[Table, Table]:
@@ -171,12 +178,16 @@ def leftovers(url: str, *, tombstone: bool = False) -> list[str]:
     """Every object of the mover's in this database, as "kind: name".
 
     With `tombstone`, guards and what is in the schema `mover` may be there."""
-    found = []
     with connect(url) as conn:
-        for kind, query in LEFTOVERS.items():
-            for (name,) in conn.execute(query):
-                if not (tombstone and kind in TOMBSTONE_KINDS and _belongs_to_tombstone(kind, name)):
-                    found.append(f"{kind}: {name}")
+        return leftovers_on(conn, tombstone=tombstone)
+
+
+def leftovers_on(conn: psycopg.Connection, *, tombstone: bool = False) -> list[str]:
+    found = []
+    for kind, query in LEFTOVERS.items():
+        for (name,) in conn.execute(query):
+            if not (tombstone and kind in TOMBSTONE_KINDS and _belongs_to_tombstone(kind, name)):
+                found.append(f"{kind}: {name}")
     return found
 
 

@@ -6,41 +6,41 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
-from uuid import UUID
 
-import psycopg
 from hypothesis import strategies as st
-from psycopg import sql
 from structlog.testing import capture_logs
 
 from mover.app import SystemClock, Workshop
 from mover.config import Config
 from mover.core.ids import TenantId, Tier
 from mover.core.migration import Claim, MigrationRequest
+from mover.core.secret import Secret
 from mover.core.states import Status
 from mover.demo.servers import Cluster
 from mover.engine import daemon, move
 from mover.engine.daemon import Work
 from mover.metrics import Metrics
 from mover.postgres import bulk, writer
-from mover.postgres.store import Store, open_store
-from tests.support.checks import TEXT_OPTIONS, Table, connect, leftovers, tenant_tables
-from tests.support.queue import ORGANIZATIONS
-from tests.support.shapes import TENANT, Draw, Schema, quoted, schemas
-from tests.support.timelines import Action, Gate, Timeline, neighbours, seeding, timelines
+from mover.postgres.platform_pool import PlatformPool
+from mover.postgres.store import Store
+from tests.support.drafts import TENANT, Draw, Schema
+from tests.support.places import Place, assert_same
+from tests.support.queue import ORGANIZATIONS, platform_database
+from tests.support.shapes import Key, schemas
+from tests.support.timelines import Gate, Timeline, neighbours, seeding, timelines
+from tests.support.writers import Writers
 
 # A transaction that stands in the way of the mover's step is ended after so long.
-PATIENCE_S = 0.5
+PATIENCE_S = 0.25
 EXAMPLE_TIMEOUT_S = 90
 LEASE_S = 10
-# What an application expects and rolls back for: constraints, serialisation, deadlocks, lock timeouts.
-EXPECTED = ("23", "40001", "40P01", "55006", "55P03")
-HAS_MOVED = "25006"
+PLATFORM_ANSWER_S = 10
+TARGETS = ("fresh", "shared", "same")
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,15 @@ class Example:
 
 
 @st.composite
-def examples(draw: Draw, *, major: int = 16, rich_build: bool = False) -> Example:
-    schema = draw(schemas(major=major, rich_build=rich_build))
+def examples(
+    draw: Draw, target: str, first_key: Key, *, major: int = 16, rich_build: bool = False
+) -> Example:
+    schema = draw(schemas(first_key, major=major, rich_build=rich_build))
     tuning = Tuning(
-        target=draw(st.sampled_from(["fresh", "shared", "shared", "same"])),
+        target=target,
         reordered=draw(st.booleans()),
         chunk_rows=draw(st.sampled_from([1, 2, 1000])),
-        wave_s=draw(st.sampled_from([0.0001, 600.0])),
+        wave_s=draw(st.sampled_from([0.0001, 600.0, 600.0])),
         small_batch=draw(st.sampled_from([0, 200])),
     )
     seeds = tuple(seeding(draw, schema))
@@ -96,6 +98,20 @@ class Servers:
     source_url: str
     target_url: str
     platform_url: str
+    platform: PlatformPool
+
+    @classmethod
+    @asynccontextmanager
+    async def between(
+        cls, source: Cluster, target: Cluster, source_url: str, target_url: str, platform_url: str
+    ) -> AsyncIterator[Servers]:
+        await platform_database(platform_url)
+        pool = PlatformPool(Secret(platform_url), PLATFORM_ANSWER_S)
+        await pool.open()
+        try:
+            yield cls(source, target, source_url, target_url, platform_url, pool)
+        finally:
+            await pool.close()
 
     def begin_anew(self) -> None:
         """After a failure there may be anything, on slots and in prepared transactions as well."""
@@ -135,122 +151,24 @@ def _small_pieces(tuning: Tuning) -> Iterator[None]:
 @contextmanager
 def _places(servers: Servers, example: Example) -> Iterator[tuple[Place, Place]]:
     """The source with its rows, and the target as the example wants it; both are empty again at the end."""
-    source = Place(servers.source_url, "core", example.schema.services)
-    is_same = example.tuning.target == "same"
-    url = servers.source_url if is_same else servers.target_url
-    target = Place(url, "realestate", example.schema.services)
+    services, tuning = example.schema.services, example.tuning
+    target_url = servers.source_url if tuning.target == "same" else servers.target_url
     try:
-        source.fill([*example.schema.create(), *example.seeds])
-        if example.tuning.target == "shared":
-            target.fill(example.schema.create(reordered=example.tuning.reordered))
-            target.move_sequences_ahead()
-            target.fill(example.neighbours)
-        yield source, target
+        with (
+            Place.at(servers.source_url, "core", services) as source,
+            Place.at(target_url, "realestate", services) as target,
+        ):
+            source.fill([*example.schema.create(), *example.seeds])
+            if tuning.target == "shared":
+                target.fill(example.schema.create(reordered=tuning.reordered))
+                target.move_sequences_ahead()
+                target.fill(example.neighbours)
+            yield source, target
+            source.empty()
+            target.empty()
     except BaseException:
         servers.begin_anew()
         raise
-    source.empty()
-    target.empty()
-
-
-@dataclass(frozen=True)
-class Place:
-    """One side of a move."""
-
-    url: str
-    vertical: str
-    services: tuple[str, ...]
-
-    @property
-    def schemas(self) -> list[str]:
-        return [f"{self.vertical}_{service}" for service in self.services]
-
-    def text(self, statement: str) -> str:
-        """A generated statement for this side."""
-        for number, schema in enumerate(self.schemas):
-            statement = statement.replace(f"«{number}»", quoted(schema))
-        return statement.replace("«db»", self.url.rpartition("/")[2])
-
-    def fill(self, statements: Sequence[str]) -> None:
-        """Rows that a constraint refuses are left out."""
-        with psycopg.connect(self.url, autocommit=True) as conn:
-            for statement in statements:
-                try:
-                    conn.execute(self.text(statement))
-                except psycopg.errors.IntegrityError:
-                    continue
-
-    def empty(self) -> None:
-        with psycopg.connect(self.url, autocommit=True) as conn:
-            for schema in self.schemas:
-                conn.execute(sql.SQL("drop schema if exists {} cascade").format(sql.Identifier(schema)))
-
-    def move_sequences_ahead(self) -> None:
-        """Neighbours have other numbers than the tenant that comes."""
-        with psycopg.connect(self.url, autocommit=True) as conn:
-            conn.execute(
-                "select setval(format('%I.%I', schemaname, sequencename)::regclass,"
-                " case when increment_by > 0 then 20000 else -20000 end) from pg_sequences"
-            )
-
-    def rows(self, tenant_column: str, *tenants: UUID, others: bool = False) -> dict[str, Counter[str]]:
-        """The rows of these tenants, or of all others, by table without its schema."""
-        found = {}
-        with connect(self.url) as conn:
-            for table in tenant_tables(self.url, self.schemas, tenant_column):
-                name = f"{self.schemas.index(table[0])}.{table[1]}"
-                found[name] = _contents(conn, table, tenant_column, tenants, others)
-        return found
-
-    def sequences(self) -> dict[str, tuple[int, bool, int]]:
-        """(last_value, is_called, increment) by the name without its schema."""
-        with connect(self.url) as conn:
-            named = conn.execute(
-                "select schemaname, sequencename, increment_by from pg_sequences where schemaname = any(%s)",
-                (self.schemas,),
-            ).fetchall()
-            return {
-                f"{self.schemas.index(schema)}.{name}": (
-                    *conn.execute(
-                        sql.SQL("select last_value, is_called from {}").format(sql.Identifier(schema, name))
-                    ).fetchone(),
-                    increment,
-                )
-                for schema, name, increment in named
-            }
-
-
-def _contents(
-    conn: psycopg.Connection, table: Table, tenant_column: str, tenants: Sequence[UUID], others: bool
-) -> Counter[str]:
-    """Each row as the text and the binary form of its columns, by name."""
-    columns = conn.execute(COLUMNS, table).fetchall()
-    values = sql.SQL(", ").join(
-        part.format(sql.Identifier(name), sql.SQL(send or ""))
-        for name, send in columns
-        for part in (sql.SQL("{0}::text"), sql.SQL("encode({1}({0}), 'hex')"))[: 2 if send else 1]
-    )
-    # Names may hold a percent sign: no parameters.
-    query = sql.SQL("select row({})::text from {} where ({}::text = any({})) is {}").format(
-        values,
-        sql.Identifier(*table),
-        sql.Identifier(tenant_column),
-        sql.Literal([str(t) for t in tenants]),
-        sql.SQL(str(not others)),
-    )
-    return Counter(row for (row,) in conn.execute(query))
-
-
-# Binary forms hold OIDs of the application's own types, which differ between databases: those are left out.
-COLUMNS = """
-select a.attname,
-       case when t.typsend <> 0 and (b.oid < 16384 or b.typtype = 'e') then b.typsend::regproc::text end
-  from pg_attribute a
-  join pg_type t on t.oid = a.atttypid
-  join pg_type b on b.oid = case t.typtype when 'd' then t.typbasetype else t.oid end
- where a.attrelid = format('%%I.%%I', %s::text, %s::text)::regclass and a.attnum > 0 and not a.attisdropped
- order by a.attname collate "C"
-"""
 
 
 class GatedStore:
@@ -298,21 +216,19 @@ class _Run:
         return self.example.schema.tenant_column
 
     async def run(self) -> None:
-        self.left_before = leftovers(self.source.url), leftovers(self.target.url)
+        self.left_before = self.source.leftovers(), self.target.leftovers()
         self.others_before = self.target.rows(self.column, TENANT, others=True)
-        async with self._store() as store, self.writers.closing():
+        store = self._store()
+        async with self.writers.closing():
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._move(store))
                 tasks.create_task(self._write(store))
         self._check_the_end()
 
-    @asynccontextmanager
-    async def _store(self) -> AsyncIterator[GatedStore]:
-        config = self._config
-        async with open_store(
-            config.platform.database_url, ORGANIZATIONS, config.configured_url, decision_seconds=5
-        ) as store:
-            yield GatedStore(store, {step.name for step in self.example.timeline if isinstance(step, Gate)})
+    def _store(self) -> GatedStore:
+        pool = self.servers.platform
+        store = Store(pool, ORGANIZATIONS, self._config.configured_url, decision_seconds=5)
+        return GatedStore(store, {step.name for step in self.example.timeline if isinstance(step, Gate)})
 
     @property
     def _tier(self) -> Tier:
@@ -342,10 +258,10 @@ class _Run:
     async def _move(self, store: GatedStore) -> None:
         """As a daemon works: claims until nothing is due."""
         config = self._config
-        with psycopg.connect(self.servers.platform_url) as conn:
-            conn.execute("delete from platform.tenant_migrations")
-            conn.execute("delete from auth.organizations")
-            conn.execute(
+        async with self.servers.platform.transaction() as conn:
+            await conn.execute("delete from platform.tenant_migrations")
+            await conn.execute("delete from auth.organizations")
+            await conn.execute(
                 "insert into auth.organizations (id, name, vertical, isolation_tier)"
                 " values (%s, 'A', 'core', 'schema')",
                 (TENANT,),
@@ -375,7 +291,7 @@ class _Run:
 
     async def _write(self, store: GatedStore) -> None:
         for step in self.example.timeline:
-            if isinstance(step, Action):
+            if not isinstance(step, Gate):
                 await self.writers.act(step)
                 continue
             await self._arrival(store, step.name)
@@ -398,11 +314,12 @@ class _Run:
 
     def _check_the_switch(self) -> None:
         """What the source held when the tenant left it is on the target, and nothing else is."""
-        _assert_same(self.source.rows(self.column, TENANT), self.target.rows(self.column, TENANT))
+        assert_same(self.source.rows(self.column, TENANT), self.target.rows(self.column, TENANT))
         if self.target.url != self.source.url:
-            _assert_same(self.others_before, self.target.rows(self.column, TENANT, others=True))
+            assert_same(self.others_before, self.target.rows(self.column, TENANT, others=True))
+        theirs = self.target.sequences()
         for name, (last, called, increment) in self.source.sequences().items():
-            there, there_called, _ = self.target.sequences()[name]
+            there, there_called, _ = theirs[name]
             given = last + increment * called, there + increment * there_called
             assert given[0] * increment <= given[1] * increment, f"sequence {name} lags: {given}"
 
@@ -412,121 +329,9 @@ class _Run:
 
     def _check_the_end(self) -> None:
         assert self.writers.switched, "the timeline did not reach the switch"
-        _assert_same(self.kept, self._rows_to_keep())
+        assert_same(self.kept, self._rows_to_keep())
         left_behind = self.source.rows(self.column, TENANT)
         assert not any(left_behind.values()), f"rows are left on the source: {left_behind}"
         for place, before in zip((self.source, self.target), self.left_before, strict=True):
-            now = leftovers(place.url)
-            assert sorted(now) == sorted(before), f"{place.vertical}: {before} before, {now} after"
-
-
-def _assert_same(ours: Mapping[str, Counter[str]], theirs: Mapping[str, Counter[str]]) -> None:
-    lines: list[str] = []
-    for table in sorted(ours.keys() | theirs.keys()):
-        here, there = ours.get(table, Counter()), theirs.get(table, Counter())
-        lines += [f"{table}: only before or on the source: {row[:500]}" for row in (here - there).elements()]
-        lines += [f"{table}: only after or on the target: {row[:500]}" for row in (there - here).elements()]
-    assert not lines, "rows differ:\n" + "\n".join(lines)
-
-
-@dataclass
-class Writers:
-    """Runs actions in sessions, as an application would; the tenant's where the tenant lives."""
-
-    source: Place
-    target: Place
-    switched: bool = False
-    committed: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
-    _sessions: dict[str, _Session] = field(default_factory=dict)
-
-    @property
-    def is_busy(self) -> bool:
-        return any(session.is_open for session in self._sessions.values())
-
-    async def act(self, action: Action) -> None:
-        session = self._sessions.setdefault(action.session, _Session())
-        if action.sql.startswith("BEGIN"):
-            await session.end()
-            is_moved = self.switched and action.tenant == TENANT
-            place = self.target if is_moved else self.source
-            await session.begin(place, action.sql, alone=not self.is_busy)
-        elif session.is_open and not (self.switched and action.before_switch_only):
-            await self._run(session, action)
-
-    async def _run(self, session: _Session, action: Action) -> None:
-        try:
-            await session.execute(action)
-        except psycopg.Error as error:
-            state = error.sqlstate or ""
-            self.refused[state] += 1
-            await session.end()
-            is_tenant = action.tenant == TENANT or action.before_switch_only
-            if not state.startswith(EXPECTED) and not (state == HAS_MOVED and is_tenant):
-                error.add_note(f"in {action}")
-                raise
-
-    async def end_all(self) -> None:
-        for session in self._sessions.values():
-            await session.end()
-
-    @asynccontextmanager
-    async def closing(self) -> AsyncIterator[None]:
-        try:
-            yield
-        finally:
-            for session in self._sessions.values():
-                await session.close()
-
-
-@dataclass
-class _Session:
-    """A connection, and whether a transaction is open on it."""
-
-    conn: psycopg.AsyncConnection | None = None
-    place: Place | None = None
-    is_open: bool = False
-    prepared: str | None = None  # the open transaction's name, with its quotes
-
-    async def begin(self, place: Place, statement: str, *, alone: bool) -> None:
-        if self.conn is None or self.place != place:
-            await self.close()
-            self.conn = await psycopg.AsyncConnection.connect(
-                place.url, autocommit=True, options=TEXT_OPTIONS
-            )
-            self.place = place
-        await self.conn.execute(statement)
-        # Beside others of our own that hold locks, waiting is in vain.
-        await self.conn.execute(f"SET LOCAL lock_timeout = '{'5s' if alone else '150ms'}'")
-        self.is_open, self.prepared = True, None
-
-    async def execute(self, action: Action) -> None:
-        assert self.conn is not None and self.place is not None
-        statement = self.place.text(action.sql)
-        if action.copied:
-            lines = [await self._lines(query) for query in action.copied]
-            async with self.conn.cursor() as cursor, cursor.copy(statement) as copy:
-                for line in lines:
-                    await copy.write(line)
-            return
-        await self.conn.execute(statement)
-        if statement.startswith("PREPARE"):
-            self.prepared = statement.removeprefix("PREPARE TRANSACTION ")
-        elif statement.startswith("COMMIT") or (statement.startswith("ROLLBACK") and " TO " not in statement):
-            self.is_open, self.prepared = False, None
-
-    async def _lines(self, query: str) -> bytes:
-        assert self.conn is not None and self.place is not None
-        async with self.conn.cursor() as cursor, cursor.copy(self.place.text(query)) as copy:
-            return b"".join([bytes(block) async for block in copy])
-
-    async def end(self) -> None:
-        """Roll back, or commit what is prepared."""
-        if self.conn is not None and self.is_open:
-            await self.conn.execute(f"COMMIT PREPARED {self.prepared}" if self.prepared else "ROLLBACK")
-        self.is_open, self.prepared = False, None
-
-    async def close(self) -> None:
-        conn, self.conn = self.conn, None
-        if conn is not None:
-            await conn.close()
+            now = place.leftovers()
+            assert now == before, f"{place.vertical}: {before} before, {now} after"

@@ -1,188 +1,28 @@
 """Random schemas from the shapes of tables that can be moved, as DDL that runs on either side.
 
 A shape is one function `(draw, draft)` that adds something to a table in the making, and stands in
-`SHAPES`; `KEYS` are the ways in which a table's rows are identified. Texts hold `«0»`, `«1»` for the quoted
-schema of each service, so that the same text makes the source's schemas and the target's.
+`SHAPES`; `KEYS` are the ways in which a table's rows are identified.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from uuid import UUID
+from collections.abc import Callable, Iterable, Mapping
 
 from hypothesis import strategies as st
 
-from tests.support.kinds import KEY_KINDS, TYPES, VALUE_KINDS, Kind, big_text
-
-TENANT, OTHER, NEIGHBOUR = (UUID(int=n) for n in (0xA1, 0xB2, 0xC3))
-SERVICES = ("app", 'Ünd "side"')
-Draw = st.DrawFn
-
-# Names that somebody forgot to quote, that clash with ours, or that are as long as they can be.
-TABLE_NAMES = (
-    "item",
-    "Mixed Case",
-    'say "hi"',
-    "select",
-    "größe_des_überbaus",
-    "per%cent %s",
-    "dotted.name",
-    "{brace}",
-    "$1",
-    "back\\slash",
-    "x" * 63,
-    "x" * 62 + "y",
-    "ü" * 31,
-    "tab\tname",
-    "it's",
+from tests.support.drafts import (
+    COLUMN_NAMES,
+    SERVICES,
+    TABLE_NAMES,
+    TENANT_COLUMNS,
+    Column,
+    Draft,
+    Draw,
+    Reference,
+    Schema,
+    quoted,
 )
-COLUMN_NAMES = (
-    "a",
-    "B",
-    "t",
-    "s",
-    "mover_op",
-    "mover_n",
-    "user",
-    'q"q',
-    "%s",
-    "{0}",
-    "$2",
-    "naïve",
-    "z" * 63,
-    "z" * 62 + "w",
-    "a.b",
-    "; --",
-    "new",
-    "old",
-    "xmin2",
-    "back\\n",
-)
-TENANT_COLUMNS = ("tenant_id", 'Mandant "Nr" %s')
-
-
-@dataclass(frozen=True)
-class Column:
-    name: str
-    ddl: str  # what follows the name
-    inserts: tuple[str, ...] = ()  # SQL expressions that an INSERT may give; none: it leaves the column out
-    updates: tuple[str, ...] = ()  # those that an UPDATE may assign
-    elsewhere: tuple[str, ...] = ()  # of the neighbours on a shared target, where values must be unique
-
-    @property
-    def q(self) -> str:
-        return quoted(self.name)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A foreign key's columns, which take the values of one row of the parent's."""
-
-    columns: tuple[str, ...]
-    parent: str  # «0»."name"
-    parent_columns: tuple[str, ...]
-    parent_tenant: str
-    nullable: bool
-
-
-@dataclass(frozen=True)
-class Table:
-    name: str  # «0»."name"
-    tenant: str  # its tenant column
-    columns: tuple[Column, ...]
-    key: tuple[str, ...]
-    constraints: tuple[str, ...]
-    after: tuple[str, ...]  # statements that follow CREATE TABLE
-    references: tuple[Reference, ...]
-    swaps: tuple[str, ...]  # columns with unique values
-    roams: bool  # rows may change their tenant
-
-    def create(self, *, reordered: bool = False) -> list[str]:
-        columns = [f"{c.q} {c.ddl}" for c in self.columns]
-        parts = [*(reversed(columns) if reordered else columns), *self.constraints]
-        return [f"CREATE TABLE {self.name} (\n  " + ",\n  ".join(parts) + "\n)", *self.after]
-
-
-@dataclass(frozen=True)
-class Schema:
-    tenant_column: str
-    services: tuple[str, ...]
-    tables: tuple[Table, ...]
-    before: tuple[str, ...]  # types, sequences, functions
-
-    def create(self, *, reordered: bool = False) -> list[str]:
-        schemas = [f"CREATE SCHEMA «{n}»" for n in range(len(self.services))]
-        tables = [statement for table in self.tables for statement in table.create(reordered=reordered)]
-        return [*schemas, *self.before, *tables]
-
-
-@dataclass
-class Draft:
-    """A table in the making."""
-
-    service: int
-    raw_name: str
-    tenant: str
-    tenant_type: str
-    earlier: Sequence[Draft]
-    major: int  # the older of both servers'
-    rich_build: bool  # whether both servers have ICU's collations and XML
-    unused: list[str]
-    columns: list[Column] = field(default_factory=list)
-    key: tuple[str, ...] = ()
-    constraints: list[str] = field(default_factory=list)
-    after: list[str] = field(default_factory=list)
-    before: list[str] = field(default_factory=list)
-    references: list[Reference] = field(default_factory=list)
-    swaps: list[str] = field(default_factory=list)
-    roams: bool = True
-
-    @property
-    def name(self) -> str:
-        return f"«{self.service}».{quoted(self.raw_name)}"
-
-    @property
-    def plain_key(self) -> bool:
-        return self.tenant not in self.key
-
-    def add(self, draw: Draw, ddl: str, inserts: Sequence[str] = (), **more: object) -> Column:
-        """A column with one of the unused names, somewhere among the others."""
-        name = self.unused.pop(draw(st.integers(0, len(self.unused) - 1)))
-        given = {"updates": inserts, **more}
-        column = Column(name, ddl, tuple(inserts), **{k: tuple(v) for k, v in given.items()})
-        self.columns.insert(draw(st.integers(0, len(self.columns))), column)
-        return column
-
-    def add_kind(self, draw: Draw, kind: Kind, more_ddl: str = "") -> Column:
-        """A column whose values may have to be unique."""
-        return self.add(draw, f"{kind.ddl} {more_ddl}".strip(), kind.own, elsewhere=kind.elsewhere)
-
-    def possible(self, kinds: Sequence[Kind]) -> list[Kind]:
-        return [kind for kind in kinds if self.rich_build or not kind.rich_build]
-
-    def column(self, name: str) -> Column:
-        return next(c for c in self.columns if c.name == name)
-
-    def table(self) -> Table:
-        key = ", ".join(quoted(k) for k in self.key)
-        constraints = [*([f"PRIMARY KEY ({key})"] if self.key else []), *self.constraints]
-        return Table(
-            name=self.name,
-            tenant=quoted(self.tenant),
-            columns=tuple(self.columns),
-            key=self.key,
-            constraints=tuple(constraints),
-            after=tuple(self.after),
-            references=tuple(self.references),
-            swaps=tuple(self.swaps),
-            roams=self.roams,
-        )
-
-
-def quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
+from tests.support.kinds import KEY_KINDS, TYPES, VALUE_KINDS, big_text
 
 # How rows are identified.
 
@@ -222,14 +62,50 @@ def _shared_sequence(draw: Draw, draft: Draft) -> None:
     draft.key = (draft.add(draw, ddl, updates=["nextval('«0».shared')"]).name,)
 
 
-KEYS: tuple[Callable[[Draw, Draft], None], ...] = (
-    _natural,
-    _natural,
-    _serial,
-    _identity,
-    _random_uuid,
-    _shared_sequence,
-)
+def _nothing(draw: Draw, draft: Draft) -> None:
+    """Rows that only their values tell apart, or that are there twice."""
+
+
+def _partitioned(draw: Draw, draft: Draft) -> None:
+    """By a part of the key, so that rows move between partitions. Without the tenant in it: refused."""
+    by = draft.add(draw, "integer NOT NULL", ["1", "2", "3", "40"], elsewhere=["101", "102"])
+    beside = draft.add_kind(draw, draw(st.sampled_from(KEY_KINDS[:4])), "NOT NULL")
+    draft.key = tuple(draw(st.permutations([by.name, beside.name, draft.tenant])))
+
+    def part(name: str, of: str, bounds: str) -> str:
+        full_name = f"«{draft.service}».{quoted(f'part {name} of {len(draft.earlier)}')}"
+        draft.after.append(f"CREATE TABLE {full_name} PARTITION OF {of} {bounds}")
+        return full_name
+
+    match draw(st.sampled_from(["HASH", "LIST", "RANGE"])):
+        case "HASH":
+            draft.partition_by = f"PARTITION BY HASH ({by.q})"
+            for n in range(3):
+                part(str(n), draft.name, f"FOR VALUES WITH (MODULUS 3, REMAINDER {n})")
+        case "LIST":
+            draft.partition_by = f"PARTITION BY LIST ({by.q})"
+            part("some", draft.name, "FOR VALUES IN (1, 3)")
+            part("others", draft.name, "DEFAULT")
+        case "RANGE":
+            draft.partition_by = f"PARTITION BY RANGE ({by.q})"
+            part("low", draft.name, "FOR VALUES FROM (MINVALUE) TO (3)")
+            high = part(
+                "high", draft.name, "FOR VALUES FROM (3) TO (MAXVALUE) PARTITION BY LIST " + f"({by.q})"
+            )
+            part("highest", high, "FOR VALUES IN (40)")
+            part("higher", high, "DEFAULT")
+
+
+Key = str
+KEYS: Mapping[Key, Callable[[Draw, Draft], None]] = {
+    "natural": _natural,
+    "serial": _serial,
+    "identity": _identity,
+    "uuid": _random_uuid,
+    "shared sequence": _shared_sequence,
+    "no key": _nothing,
+    "partitioned": _partitioned,
+}
 
 # What else a table may have.
 
@@ -249,6 +125,8 @@ def _toast(draw: Draw, draft: Draft) -> None:
 
 
 def _generated(draw: Draw, draft: Draft) -> None:
+    if not draft.key:  # refused where the source is PostgreSQL 18
+        return
     column = draft.add(draw, "integer", ["1", "2", "-3", "NULL"])
     expression = draw(st.sampled_from(["{} * 2", "coalesce({}, 0) + 1", "md5({}::text)"])).format(column.q)
     type = "text" if "md5" in expression else "integer"
@@ -258,6 +136,8 @@ def _generated(draw: Draw, draft: Draft) -> None:
 
 def _numbered(draw: Draw, draft: Draft) -> None:
     """Sequences beside the key."""
+    if draft.partition_by:  # identities only from PostgreSQL 17 on
+        return
     match draw(st.sampled_from(["serial", "always", "default", "free"])):
         case "serial":
             draft.add(draw, "serial", updates=["DEFAULT", "5"])
@@ -271,6 +151,8 @@ def _numbered(draw: Draw, draft: Draft) -> None:
 
 def _unique(draw: Draw, draft: Draft) -> None:
     """Values that may swap between rows: immediately, or when the constraint looks again."""
+    if draft.partition_by:  # it would have to be a part of each
+        return
     alone = draw(st.booleans())
     column = draft.add_kind(draw, draw(st.sampled_from(KEY_KINDS[:4])))
     columns = column.q if alone else f"{quoted(draft.tenant)}, {column.q}"
@@ -291,6 +173,8 @@ def _unique(draw: Draw, draft: Draft) -> None:
 
 
 def _exclusion(draw: Draw, draft: Draft) -> None:
+    if draft.partition_by:
+        return
     pool = [f"'[{n},{n + 3})'" for n in (0, 2, 4, 10, 20)]
     column = draft.add(draw, "int4range", [*pool, "NULL"], elsewhere=["'[100,110)'", "'[120,130)'"])
     when = draw(st.sampled_from(["", " DEFERRABLE INITIALLY DEFERRED"]))
@@ -355,7 +239,8 @@ def _policy(draw: Draw, draft: Draft) -> None:
 
 
 def _identity_of_its_own(draw: Draw, draft: Draft) -> None:
-    draft.after.append(f"ALTER TABLE {draft.name} REPLICA IDENTITY FULL")
+    if not draft.partition_by:  # each partition has its own
+        draft.after.append(f"ALTER TABLE {draft.name} REPLICA IDENTITY FULL")
 
 
 def _child(draw: Draw, draft: Draft) -> None:
@@ -413,8 +298,8 @@ def _referring(column: Column, nullable: bool) -> str:
     return ddl if nullable else f"{ddl} NOT NULL"
 
 
-def _list(names: Sequence[str] | object) -> str:
-    return ", ".join(quoted(name) for name in names)  # type: ignore[attr-defined]
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(quoted(name) for name in names)
 
 
 def _literal(text: str) -> str:
@@ -423,7 +308,6 @@ def _literal(text: str) -> str:
 
 SHAPES: tuple[Callable[[Draw, Draft], None], ...] = (
     _values,
-    _toast,
     _generated,
     _numbered,
     _unique,
@@ -441,21 +325,25 @@ SHAPES: tuple[Callable[[Draw, Draft], None], ...] = (
 
 
 @st.composite
-def schemas(draw: Draw, *, major: int = 16, rich_build: bool = False) -> Schema:
-    """One to three tables. `major` is the older server's; `rich_build`: both have ICU and libxml."""
+def schemas(draw: Draw, first_key: Key, *, major: int = 16, rich_build: bool = False) -> Schema:
+    """One to three tables, whose first has `first_key`. `major` is the older server's; `rich_build`: both
+    have ICU and libxml."""
     tenant = draw(st.sampled_from(TENANT_COLUMNS))
     tenant_type = draw(st.sampled_from(["uuid", "text", "varchar(40)"]))
     services = SERVICES[: draw(st.integers(1, len(SERVICES)))]
     names = list(TABLE_NAMES)
     drafts: list[Draft] = []
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.sampled_from([1, 1, 2, 2, 3]))):
         name = names.pop(draw(st.integers(0, len(names) - 1)))
         service = draw(st.integers(0, len(services) - 1))
         draft = Draft(
             service, name, tenant, tenant_type, tuple(drafts), major, rich_build, list(COLUMN_NAMES)
         )
         draft.columns.append(Column(tenant, f"{tenant_type} NOT NULL"))
-        draw(st.sampled_from(KEYS))(draw, draft)
+        key = draw(st.sampled_from(list(KEYS))) if drafts else first_key
+        KEYS[key](draw, draft)
+        if draw(st.booleans()):
+            _toast(draw, draft)
         for shape in draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4, unique=True)):
             shape(draw, draft)
         drafts.append(draft)

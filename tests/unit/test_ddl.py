@@ -186,3 +186,16 @@ def test_our_own_objects_are_recognised(sql, ours):
 )
 def test_the_roles_of_a_grant_are_found(sql, roles):
     assert ddl.roles(sql) == roles
+
+
+@pytest.mark.parametrize(
+    ("schema", "sql"),
+    [
+        ("core_dms", "SELECT CORE_DMS.t"),
+        ("Core", 'SELECT "Core".t'),
+        ("ü", 'SELECT "ü".t'),
+        ('it\'s "x"', 'SELECT "it\'s ""x""".t'),
+    ],
+)
+def test_a_schema_is_found_however_its_name_is_written(schema, sql):
+    assert ddl.rename_schemas(sql, {schema: "other"}) == "SELECT other.t"
