@@ -25,7 +25,8 @@ def prepare(scene, *, shared: bool) -> None:
 
 
 def changing(scene):
-    return binders.changing(scene.homes[CORE].url, "core_dms", [t.id for t in scene.tenants[:3]])
+    tenants = [tenant.id for tenant in scene.tenants[:3]]
+    return binders.changing(scene.homes[CORE].url, "core_dms", tenants, clients=1, rehoming=0.02)
 
 
 def check_moved(scene, watch) -> None:
@@ -33,7 +34,7 @@ def check_moved(scene, watch) -> None:
     with psycopg.connect(scene.homes[CORE].url) as source, psycopg.connect(scene.homes[ESTATE].url) as target:
         at_switch = binders.rows_of(watch.source_at_switch, "core_dms", scene.tenant)
         assert binders.rows_of(target, "realestate_dms", scene.tenant) == at_switch
-        assert all(at_switch.values())
+        assert sum(map(len, at_switch.values())) > 0
         assert not any(binders.rows_of(source, "core_dms", scene.tenant).values())
         others = binders.rows_of_others(watch.source_at_switch, "core_dms", scene.tenant)
         assert binders.rows_of_others(source, "core_dms", scene.tenant) == others

@@ -159,13 +159,21 @@ CHANGES: Mapping[str, str] = {
     " order by md5(id || %(dice)s) limit 2) update {schema}.sheets s set binder_id ="
     " (select id from two where id <> s.binder_id limit 1) where s.binder_id in (select id from two)",
 }
+# After these, rows that did not change themselves are another tenant's.
+REHOMING = (
+    "a sheet goes to another binder",
+    "a binder changes its tenant",
+    "a binder changes tenant and code",
+    "the sheets of two binders change places",
+)
 _RETRIED = (psycopg.errors.IntegrityError, psycopg.errors.DeadlockDetected)
 
 
 async def change_once(
-    conn: psycopg.AsyncConnection, schema: str, tenants: Sequence[UUID], rng: random.Random
+    conn: psycopg.AsyncConnection, schema: str, tenants: Sequence[UUID], rng: random.Random, rehoming: float
 ) -> None:
     """One transaction of a few random changes; a part of it may be rolled back."""
+    staying = [change for name, change in CHANGES.items() if name not in REHOMING]
     facts = lambda: {  # noqa: E731 - new dice for each statement
         "tenants": list(tenants),
         "dice": f"{rng.random()}",
@@ -173,7 +181,8 @@ async def change_once(
     }
     async with conn.transaction():
         for _ in range(rng.randint(1, 4)):
-            statement = rng.choice([*CHANGES.values()])
+            is_rehoming = rng.random() < rehoming
+            statement = CHANGES[rng.choice(REHOMING)] if is_rehoming else rng.choice(staying)
             async with conn.transaction(force_rollback=rng.random() < 0.1):
                 await conn.execute(statement.replace("{schema}", schema), facts())
 
@@ -186,18 +195,18 @@ def make_ids(conn: psycopg.Connection) -> None:
 
 @asynccontextmanager
 async def changing(
-    url: str, schema: str, tenants: Sequence[UUID], clients: int = 2, seed: int = 0
+    url: str, schema: str, tenants: Sequence[UUID], clients: int = 2, rehoming: float = 0.2
 ) -> AsyncIterator[list[int]]:
     """Clients that change rows of all tenants without a pause, until one is told that a tenant has moved;
     the list counts committed transactions."""
     committed, moved = [0], asyncio.Event()
 
     async def client(number: int) -> None:
-        rng = random.Random(f"{seed}/{number}")
+        rng = random.Random(number)
         async with await psycopg.AsyncConnection.connect(url, autocommit=True) as conn:
             while True:
                 try:
-                    await change_once(conn, schema, tenants, rng)
+                    await change_once(conn, schema, tenants, rng, rehoming)
                     committed[0] += 1
                 except _RETRIED:
                     pass
