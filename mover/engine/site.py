@@ -105,7 +105,7 @@ class Site(Protocol):
         """Raises PlanOutdated when `align` has something to do, SchemaChanged when an operator has."""
         ...
 
-    async def forget_copies(self, tables: Collection[TableRef], say: Say) -> None:
+    async def forget_copies(self, shape: Shape, tables: Collection[TableRef], say: Say) -> None:
         """The tenant's rows of these tables (of the source) are not on the target any more, nor are they
         held to be copied."""
         ...

@@ -16,7 +16,7 @@ from psycopg import sql
 
 from mover.core.crash import reach
 from mover.core.ids import TableRef, TenantId
-from mover.postgres import owner
+from mover.postgres import owner, roles
 from mover.postgres.connect import Database, Identity
 
 BATCH_ROWS = 5_000
@@ -31,29 +31,81 @@ async def remove_rows(
     tenant: TenantId,
     identity: Identity,
     say: Say,
+    *,
+    careful: bool = False,
 ) -> int:
     """Delete the tenant's rows of `tables` (each with its tenant column, parents first), children first.
 
-    A partitioned table is emptied partition by partition: a row's place is its own in its partition only."""
+    `careful`: foreign keys are in force."""
     removed = 0
-    async with _connection(database, tenant) as conn:
-        for table, column in reversed(tables):
-            count = 0
-            for part in await _parts(conn, table):
-                while batch := await _one_batch(conn, part, column, tenant, identity):
-                    count += batch
+    columns = dict(tables)
+    async with _connection(database, tenant, careful) as conn:
+        groups = [((table,), False) for table, _ in reversed(tables)]
+        for group, at_once in await roles.children_first(conn, columns) if careful else groups:
+            own = [(table, columns[table]) for table in group]
+            if at_once:
+                count = await _whole(conn, own, tenant, identity)
+            else:
+                count = await _in_batches(conn, *own[0], tenant, identity)
             if count:
-                await say(f"removed {count} rows from {table} on the {database.label}")
+                names = ", ".join(map(str, group))
+                await say(f"removed {count} rows from {names} on the {database.label}")
             removed += count
     return removed
 
 
+async def _in_batches(
+    conn: psycopg.AsyncConnection[tuple[Any, ...]],
+    table: TableRef,
+    column: str,
+    tenant: TenantId,
+    identity: Identity,
+) -> int:
+    """Partition by partition: a row's place is its own in its partition only."""
+    count = 0
+    for part in await _parts(conn, table):
+        while batch := await _one_batch(conn, part, column, tenant, identity):
+            count += batch
+    return count
+
+
+async def _whole(
+    conn: psycopg.AsyncConnection[tuple[Any, ...]],
+    tables: Sequence[tuple[TableRef, str]],
+    tenant: TenantId,
+    identity: Identity,
+) -> int:
+    """Rows that may refer to each other, in one statement: foreign keys are checked when it ends.
+
+    Locks: ROW EXCLUSIVE and the tenant's rows, which nobody writes any more."""
+    deletes = [
+        sql.SQL("{} AS (DELETE FROM {} WHERE {} = {} RETURNING 1)").format(
+            sql.Identifier(f"d{number}"),
+            sql.Identifier(table.schema, table.name),
+            sql.Identifier(column),
+            sql.Literal(str(tenant)),
+        )
+        for number, (table, column) in enumerate(tables)
+    ]
+    counts = [
+        sql.SQL("(SELECT count(*) FROM {})").format(sql.Identifier(f"d{number}"))
+        for number in range(len(tables))
+    ]
+    statement = sql.SQL("WITH {} SELECT {}").format(sql.SQL(", ").join(deletes), sql.SQL(" + ").join(counts))
+    async with conn.transaction():
+        await owner.hold(conn, identity)
+        row = await (await conn.execute(statement)).fetchone()
+        assert row is not None
+    reach("removal.batch")
+    return int(row[0])
+
+
 @asynccontextmanager
 async def _connection(
-    database: Database, tenant: TenantId
+    database: Database, tenant: TenantId, careful: bool
 ) -> AsyncIterator[psycopg.AsyncConnection[tuple[Any, ...]]]:
-    settings = {"session_replication_role": "replica", "mover.tenant": str(tenant), "lock_timeout": "5s"}
-    async with database.connect("removal", **settings) as conn:
+    settings = roles.settings(tenant, careful=careful)
+    async with database.connect("removal", **settings, lock_timeout="5s") as conn:
         yield conn
 
 

@@ -133,9 +133,9 @@ class PgSite:
         check_keys(shape, now, self.tenant)
         return now
 
-    async def forget_copies(self, tables: Collection[TableRef], say: Say) -> None:
+    async def forget_copies(self, shape: Shape, tables: Collection[TableRef], say: Say) -> None:
         there = [t for t in await self._tenant_tables() if self._on_source(t) in tables]
-        await self._remove_target_rows(there, say)
+        await self._remove_target_rows(shape, there, say)
         await align.forget_chunks(self.target, self.identity, tables)
 
     async def build_keys(self, shape: Shape, tables: Sequence[MovedTable]) -> None:
@@ -222,10 +222,11 @@ class PgSite:
         ):
             return
         # Not only the planned ones: an operator may have renamed one to follow the source.
-        await self._remove_target_rows(await self._tenant_tables(), say)
+        await self._remove_target_rows(shape, await self._tenant_tables(), say)
 
     async def remove_source_rows(self, shape: Shape, say: Say) -> None:
-        await remove_rows(self.source, _tables(shape, Side.SOURCE), self.tenant, self.identity, say)
+        tables, careful = _tables(shape, Side.SOURCE), Side.SOURCE in shape.careful
+        await remove_rows(self.source, tables, self.tenant, self.identity, say, careful=careful)
 
     async def forget_source(self) -> None:
         await agent.forget(self.source, self.identity.migration)
@@ -261,9 +262,9 @@ class PgSite:
         schemas = dict(zip(self.target_place.schemas, self.source_place.schemas, strict=True))
         return TableRef(schemas[table.schema], table.name)
 
-    async def _remove_target_rows(self, tables: Sequence[TableRef], say: Say) -> None:
-        named = [(table, self.tenancy.column) for table in tables]
-        await remove_rows(self.target, named, self.tenant, self.identity, say)
+    async def _remove_target_rows(self, shape: Shape, tables: Sequence[TableRef], say: Say) -> None:
+        named, careful = [(table, self.tenancy.column) for table in tables], Side.TARGET in shape.careful
+        await remove_rows(self.target, named, self.tenant, self.identity, say, careful=careful)
 
 
 @asynccontextmanager

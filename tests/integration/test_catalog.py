@@ -186,7 +186,6 @@ async def test_a_plain_role_is_told_every_grant_that_it_lacks(sides, pg16, pg18)
             "no_replication",
             "no_create",
             "no_create_in_schema",
-            "no_replica_role",
             "no_privilege",
             "not_owner",
             "row_security",
