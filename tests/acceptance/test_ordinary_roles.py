@@ -57,7 +57,8 @@ def definitions(scene: Scene, vertical: str) -> list[tuple[str, ...]]:
     """Foreign keys and triggers, whatever the schema is called."""
     found = scene.homes[vertical].execute(
         "select c.relname, k.conname, pg_get_constraintdef(k.oid), k.convalidated::text from pg_constraint k"
-        " join pg_class c on c.oid = k.conrelid where contype = 'f' and c.relnamespace::regnamespace::text <> 'mover'"
+        " join pg_class c on c.oid = k.conrelid"
+        " where contype = 'f' and c.relnamespace::regnamespace::text <> 'mover'"
         " union all select c.relname, tgname, pg_get_triggerdef(t.oid), tgenabled::text from pg_trigger t"
         " join pg_class c on c.oid = t.tgrelid where not tgisinternal and tgname not like 'mover%%'"
         " order by 1, 2"

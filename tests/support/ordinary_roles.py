@@ -140,7 +140,8 @@ create table {dms}.marks (
     tenant_id uuid not null, bed int references {dms}.beds on delete cascade, what text
 );
 create table {dms}.diary (
-    tenant_id uuid not null, id int generated always as identity primary key, what text not null
+    tenant_id uuid not null, id int generated always as identity, what text not null,
+    primary key (tenant_id, id)
 );
 create function {dms}.note_it() returns trigger language plpgsql as $$
 begin
