@@ -185,6 +185,7 @@ class ForeignKey:
     parent: TableRef
     child_columns: tuple[str, ...]
     parent_columns: tuple[str, ...]
+    indexed: bool = True  # an index finds the children of a parent
 
 
 @dataclass(frozen=True, slots=True)

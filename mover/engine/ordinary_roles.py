@@ -43,6 +43,17 @@ def _on_source(facts: Facts, classes: Classes) -> Iterator[Finding]:
                     table=relation.ref,
                 )
         yield from _rules(relation, [rule for rule in relation.rules if rule.on_delete], Side.SOURCE, grant)
+    moved = {relation.ref for relation in classes.moved}
+    for key in facts.source.foreign_keys:
+        if key.parent in moved and not key.indexed:
+            yield Finding(
+                "foreign_key_unindexed",
+                f"no index of {key.child} finds the rows that refer to {key.parent} by {key.name}: all is"
+                " read for each of the tenant's rows that is deleted from the source after the move",
+                f"CREATE INDEX CONCURRENTLY ON {key.child} ({', '.join(key.child_columns)});",
+                table=key.child,
+                warning=True,
+            )
 
 
 def _on_target(facts: Facts, classes: Classes, fresh: bool) -> Iterator[Finding]:

@@ -181,6 +181,7 @@ def _foreign_key(row: Row) -> ForeignKey:
         parent=TableRef(row["parent_schema"], row["parent_name"]),
         child_columns=tuple(row["child_columns"]),
         parent_columns=tuple(row["parent_columns"]),
+        indexed=row["indexed"],
     )
 
 

@@ -156,7 +156,9 @@ SELECT c.conname::text AS name, cn.nspname::text AS child_schema, ct.relname::te
          AS child_columns,
        ARRAY(SELECT a.attname::text FROM unnest(c.confkey) WITH ORDINALITY k(num, ord)
                JOIN pg_attribute a ON a.attrelid = c.confrelid AND a.attnum = k.num ORDER BY k.ord)
-         AS parent_columns
+         AS parent_columns,
+       EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.conrelid AND i.indisvalid AND i.indpred IS NULL
+                  AND i.indkey[0] = ANY (c.conkey)) AS indexed
   FROM pg_constraint c
   JOIN pg_class ct ON ct.oid = c.conrelid
   JOIN pg_namespace cn ON cn.oid = ct.relnamespace

@@ -98,6 +98,12 @@ def examples() -> Mapping[str, Facts]:
             table("documents", triggers=(TriggerFacts("audit", True, "O"),)),
             source=server(may_set_replica_role=False),
         ),
+        "foreign_key_unindexed": facts(
+            table("documents"),
+            table("folders"),
+            foreign_keys=[replace(INSIDE, indexed=False)],
+            source=server(may_set_replica_role=False),
+        ),
         "trigger_fires_twice": facts(target=shared(triggers=(TriggerFacts("touch", False, "O"),))),
         "rule": facts(target=shared(rules=(TriggerFacts("keep", True, "O"),))),
         "foreign_key_cycle_checked": facts(

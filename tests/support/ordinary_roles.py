@@ -127,6 +127,10 @@ create table {dms}.plants (
     twin int references {dms}.plants,
     note text, touched int not null default 0
 );
+create index on {dms}.plants (bed);
+create index on {dms}.plants (parent);
+create index on {dms}.plants (neighbour);
+create index on {dms}.plants (twin);
 create table {dms}.leaves (
     tenant_id uuid not null, plant int not null references {dms}.plants on delete cascade on update cascade,
     number int not null, bed int default 1 references {dms}.beds on delete set null on update cascade,
@@ -136,9 +140,12 @@ create table {dms}.fruits (
     tenant_id uuid not null, id int primary key,
     plant int not null references {dms}.plants deferrable initially deferred
 );
+create index on {dms}.fruits (plant);
+create index on {dms}.leaves (bed);
 create table {dms}.marks (
     tenant_id uuid not null, bed int references {dms}.beds on delete cascade, what text
 );
+create index on {dms}.marks (bed);
 create table {dms}.diary (
     tenant_id uuid not null, id int generated always as identity, what text not null,
     primary key (tenant_id, id)
