@@ -47,13 +47,15 @@ class Forces:
         that foreign keys' actions reach from them. Locks: SHARE ROW EXCLUSIVE on those that have any."""
         new = set(tables) - self._seen
         if new and not self._seen:
-            await self._conn.execute("SET CONSTRAINTS ALL DEFERRED")
+            await self._conn.execute(_DEFERRED)
         self._seen |= new
         if not new or not self._own_target:
             return
         cursor = await self._conn.execute(load("roles")["triggers"], _names(new))
         found = [(TableRef(schema, table), name) for schema, table, name in await cursor.fetchall()]
         await self._alter("DISABLE TRIGGER {}", found)
+        if found:
+            await self._conn.execute(_DEFERRED)
         self._triggers += found
 
     async def postpone_checks(self) -> bool:
@@ -64,15 +66,14 @@ class Forces:
         cursor = await self._conn.execute(load("roles")["checked_at_once"], _names(self._seen))
         found = [(TableRef(schema, table), name) for schema, table, name in await cursor.fetchall()]
         await self._alter("ALTER CONSTRAINT {} DEFERRABLE", found)
+        await self._conn.execute(_DEFERRED)
         self._foreign_keys = found
         return True
 
     async def put_back(self) -> None:
         """At the end of the transaction."""
-        if self._triggers or self._foreign_keys:
-            await self._conn.execute("SET CONSTRAINTS ALL IMMEDIATE")  # nothing may be pending on a table
-            await self._alter("ALTER CONSTRAINT {} NOT DEFERRABLE", self._foreign_keys or [])
-            await self._alter("ENABLE TRIGGER {}", self._triggers)
+        await self._alter("ALTER CONSTRAINT {} NOT DEFERRABLE", self._foreign_keys or [])
+        await self._alter("ENABLE TRIGGER {}", self._triggers)
 
     async def _alter(self, action: LiteralString, named: Sequence[tuple[TableRef, str]]) -> None:
         statements = [
@@ -82,7 +83,11 @@ class Forces:
             for table, name in named
         ]
         if statements:
+            await self._conn.execute(_IMMEDIATE)  # no check may be pending on a table that is altered
             await self._conn.execute(sql.SQL("; ").join(statements))
+
+
+_DEFERRED, _IMMEDIATE = "SET CONSTRAINTS ALL DEFERRED", "SET CONSTRAINTS ALL IMMEDIATE"
 
 
 async def refers_to_itself(conn: Connection, table: TableRef) -> bool:
