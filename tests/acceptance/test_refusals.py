@@ -274,7 +274,7 @@ async def test_a_role_without_rights(scene, weak_role):
     core = scene.homes[CORE]
     async with asking(scene) as asked:
         asked.live_at(core.url.replace("postgres@", f"{weak_role}@"))
-        lacks = {"no_replication", "no_create", "no_replica_role", "not_owner", "no_privilege"}
+        lacks = {"no_replication", "no_create", "not_owner", "no_privilege"}
         lacks.add("no_create_in_schema")
         await asked.refused(scene.tenant, lacks)
 
