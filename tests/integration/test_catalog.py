@@ -190,7 +190,7 @@ async def test_a_plain_role_is_told_every_grant_that_it_lacks(sides, pg16, pg18)
             "not_owner",
             "row_security",
         }
-        hints = {f.hint for f in plan.refusals}
+        hints = {f.hint for f in plan.findings}
         assert f'ALTER ROLE "{role}" REPLICATION;' in hints
         assert f'GRANT SET ON PARAMETER session_replication_role TO "{role}";' in hints
         assert f'GRANT "postgres" TO "{role}";' in hints
