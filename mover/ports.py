@@ -264,8 +264,9 @@ class ChangeSource(Protocol):
 class ApplyTransaction(Protocol):
     """One open transaction on the target; commits when its context ends without an error."""
 
-    async def apply(self, changes: Sequence[Change]) -> None:
-        """Make the changes, in effect as if in order.
+    async def apply(self, changes: Sequence[Change], ends: Sequence[int] = ()) -> None:
+        """Make the changes, in effect as if in order; `ends` are the places behind which a transaction of
+        the source ends.
 
         Raises ApplyConflict when they do not fit the rows, SchemaChanged when they do not fit the plan."""
         ...

@@ -32,7 +32,7 @@ _HINTS = {
     "relation": "Make the same change on the target and resume: a new table is then copied. Or cancel.",
 }
 _HINT = "Make the same change on the target and resume, or cancel."
-_START_AGAIN = "Cancel the migration and start it again."
+START_AGAIN = "Cancel the migration and start it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def check_keys(before: Shape, now: Shape, tenant: TenantId) -> None:
         else:
             continue
         raise SchemaChanged(
-            f"{what} when the migration was planned", where=Where(tenant, table.source), hint=_START_AGAIN
+            f"{what} when the migration was planned", where=Where(tenant, table.source), hint=START_AGAIN
         )
 
 

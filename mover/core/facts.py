@@ -106,6 +106,8 @@ class IndexFacts:
 
 @dataclass(frozen=True, slots=True)
 class TriggerFacts:
+    """Or a rule, which has the same words."""
+
     name: str
     on_delete: bool
     enabled: str  # O origin, D disabled, R replica, A always
@@ -127,7 +129,8 @@ class Relation:
     replica_identity: str  # d default, n nothing, f full, i index
     columns: tuple[ColumnFacts, ...] = ()
     indexes: tuple[IndexFacts, ...] = ()
-    triggers: tuple[TriggerFacts, ...] = ()  # the application's
+    triggers: tuple[TriggerFacts, ...] = ()  # the application's, on changes of rows, that fire for us
+    rules: tuple[TriggerFacts, ...] = ()  # on changes of rows
     root: TableRef | None = None  # of a partition: the table whose rows it stores
     partitions: tuple[TableRef, ...] = ()  # of a root: on all levels, whatever their schema
 
@@ -184,6 +187,7 @@ class ForeignKey:
     parent_columns: tuple[str, ...]
     deferrable: bool = False
     validated: bool = True
+    indexed: bool = True  # an index finds the children of a parent
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from mover.core.ids import TableRef
+from mover.core.ids import Side, TableRef
 from mover.core.tables import Column, Finding, MovedTable, Owner, Plan, SequenceRef, Shape
 
 
@@ -20,6 +20,7 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
             "tables": [asdict(table) for table in plan.shape.tables],
             "sequences": [asdict(sequence) for sequence in plan.shape.sequences],
             "fresh": plan.shape.fresh,
+            "careful": sorted(plan.shape.careful),
         },
         "findings": [asdict(finding) for finding in plan.findings],
         "classes": dict(plan.classes),
@@ -36,6 +37,7 @@ def decode_plan(data: Mapping[str, Any]) -> Plan:
             tables=tuple(_table(item) for item in shape["tables"]),
             sequences=tuple(_sequence(item) for item in shape["sequences"]),
             fresh=shape["fresh"],
+            careful=frozenset(map(Side, shape["careful"])),
         ),
         findings=tuple(_finding(item) for item in data["findings"]),
         classes=dict(data["classes"]),

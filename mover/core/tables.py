@@ -156,6 +156,14 @@ class Shape:
     tables: tuple[MovedTable, ...]  # parents before children
     sequences: tuple[SequenceRef, ...] = ()
     fresh: bool = True  # the target's schemas did not exist before this migration
+    # The sides on which triggers and foreign keys act on what we write: our role may not set
+    # session_replication_role there.
+    careful: frozenset[Side] = frozenset()
+
+    @property
+    def checks_while_copying(self) -> bool:
+        """Whether the target checks foreign keys of rows that are copied; a fresh one gets them later."""
+        return Side.TARGET in self.careful and not self.fresh
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
-from mover.core.alignment import copied_anew
+from mover.core.alignment import START_AGAIN, copied_anew
 from mover.core.crash import reach
-from mover.core.errors import MoverError, PlanOutdated, Remedy
-from mover.core.ids import TableRef
+from mover.core.errors import MoverError, PlanOutdated, Remedy, SchemaChanged
+from mover.core.ids import Side, TableRef
 from mover.core.migration import Claim
 from mover.core.states import Phase
 from mover.core.tables import Plan
@@ -45,6 +45,12 @@ class Alignment:
         before = cast(dict[str, str], notes.get(STORAGE, {}))
         unfinished = {TableRef(*name) for name in cast(list[list[str]], notes.get(COPY_ANEW, []))}
         anew = copied_anew(shape, aligned.shape, aligned.unfilled, before, aligned.storage) | unfinished
+        if anew and Side.TARGET in shape.careful and (not shape.fresh or await self._is_begun()):
+            raise SchemaChanged(
+                f"{', '.join(map(str, sorted(anew)))} would have to be copied anew, while the target has"
+                " triggers and foreign keys in force",
+                hint=START_AGAIN,
+            )
         if anew:
             await self._note_anew(anew)
         if aligned.shape != shape:
@@ -90,6 +96,10 @@ class Alignment:
     async def _is_built(self) -> bool:
         steps = await self.store.steps(self.claim)
         return any(step.name == Phase.INDEX and step.status == "done" for step in steps)
+
+    async def _is_begun(self) -> bool:
+        """Whether a fresh target may have some of its indexes and what follows them."""
+        return any(step.name == Phase.INDEX for step in await self.store.steps(self.claim))
 
     async def _note_anew(self, tables: Collection[TableRef]) -> None:
         names = [[table.schema, table.name] for table in sorted(tables)]

@@ -75,9 +75,9 @@ class WaveCopy:
         async with AsyncExitStack() as lifetime, self.follower.hold(lifetime) as point:
             await self.check_schemas()
             started = self.clock.monotonic()
-            queue = await self._queue(remaining, point.snapshot_id)
+            stages = self._stages(await self._queue(remaining, point.snapshot_id))
 
-            async def work() -> None:
+            async def work(queue: list[Work]) -> None:
                 async with self.copier.worker(point.snapshot_id) as worker:
                     while queue:  # one chunk at least: every wave gets on
                         table, chunk = queue.pop(0)
@@ -87,13 +87,19 @@ class WaveCopy:
                         self.progress.rows_done += rows
                         self.progress.bytes_done += size
                         self.on_chunk(rows, size)
-                        if self.clock.monotonic() - started > self.wave_seconds:
+                        if is_over():
                             return
 
-            with first_error():
-                async with asyncio.TaskGroup() as tasks:
-                    for number in range(min(self.workers, max(len(queue), 1))):
-                        tasks.create_task(work(), name=f"copy worker {number}")
+            def is_over() -> bool:
+                return self.clock.monotonic() - started > self.wave_seconds
+
+            for queue in stages:
+                with first_error():
+                    async with asyncio.TaskGroup() as tasks:
+                        for number in range(min(self.workers, max(len(queue), 1))):
+                            tasks.create_task(work(queue), name=f"copy worker {number}")
+                if is_over():
+                    break
             await self._show_copied()
             await lifetime.aclose()  # the source may vacuum again
             # Changes find their rows by key: before they flow, the key must have its index.
@@ -109,6 +115,14 @@ class WaveCopy:
             else:
                 work.append(part)
         return sorted(work, key=lambda w: (-w[0].estimated_bytes, w[0].source, w[1].number))
+
+    def _stages(self, work: list[Work]) -> list[list[Work]]:
+        """What may be copied at the same time: one table where the target checks foreign keys, so that a
+        row's parents are there before it."""
+        if not self.shape.checks_while_copying:
+            return [work]
+        tables = [[w for w in work if w[0] is table] for table in self.shape.tables]
+        return [stage for stage in tables if stage]
 
     async def _show_copied(self) -> Mapping[TableRef, Sequence[Chunk]]:
         chunks = await self.copier.chunks()

@@ -138,11 +138,13 @@ class Follower:
         self, transaction: ApplyTransaction, pieces: list[Piece], marks: list[str]
     ) -> None:
         changes: list[Change] = []
+        ends: list[int] = []
         for piece in pieces:
             marks += piece.marks
             if not self._is_applied(piece):
                 changes += piece.changes
-        await self._apply_changes(transaction, changes)
+                ends.append(len(changes))
+        await self._apply_changes(transaction, changes, ends)
         if transaction.is_missing_rows:
             raise _RowsMissing
 
@@ -175,6 +177,7 @@ class Follower:
         Returns whether there were transactions that it does not see: they are left for later."""
         deferred, marks, end = False, list[str](), self.applied
         visible: list[Change] = []
+        ends: list[int] = []
         size_bytes = 0
         async with self.target.transaction() as transaction:
             piece = await self._next_piece()
@@ -182,10 +185,11 @@ class Follower:
                 if piece.changes and not self._is_applied(piece):
                     if point.snapshot.sees(piece.xid):
                         visible += piece.changes
+                        ends.append(len(visible))
                         size_bytes += piece.size_bytes
                         if size_bytes >= BATCH_BYTES:
-                            await self._apply_changes(transaction, visible)
-                            visible, size_bytes = [], 0
+                            await self._apply_changes(transaction, visible, ends)
+                            visible, ends, size_bytes = [], [], 0
                     else:
                         deferred = True
                 if not deferred:
@@ -193,7 +197,7 @@ class Follower:
                     end = piece.end_lsn or end
                 piece = await self._next_piece()
             assert piece.end_lsn is not None  # a mark's transaction holds nothing else
-            await self._apply_changes(transaction, visible)
+            await self._apply_changes(transaction, visible, ends)
             await transaction.fetch_missing(point)
             self._snapshot, self._snapshot_until = point.snapshot, piece.end_lsn
             end = end if deferred else piece.end_lsn
@@ -201,9 +205,11 @@ class Follower:
         self._durable(end, marks)
         return deferred
 
-    async def _apply_changes(self, transaction: ApplyTransaction, changes: list[Change]) -> None:
+    async def _apply_changes(
+        self, transaction: ApplyTransaction, changes: list[Change], ends: list[int]
+    ) -> None:
         if changes:
-            await transaction.apply(changes)
+            await transaction.apply(changes, ends)
             self.progress.changes_applied += len(changes)
             self.on_applied(changes)
 

@@ -348,6 +348,7 @@ class Move:
                 report = await _to_the_end(cut_over(world, self.limits.pause_budget_s))
             except CutoverAborted as error:
                 self.may_rest = True
+                await verification.close()  # the next pass takes the same connections
                 self.observer.cutover("aborted", None)
                 self.progress.waiting_for = f"the next cutover attempt: {error}"
                 await self._say(f"cutover: {error}; trying again in {backoff:.0f} s", level="warning")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from mover.core.ddl import rename_schemas
 from mover.core.facts import Facts, Relation, ServerFacts
 from mover.core.tables import Column, Finding, MovedTable, Plan, SequenceRef, Shape
-from mover.engine import table_classes
+from mover.engine import ordinary_roles, table_classes
 from mover.engine.preflight_checks import CHECKS, TABLE_CHECKS, listed
 from mover.engine.table_classes import Classes
 
@@ -20,6 +20,8 @@ def judge(facts: Facts) -> Plan:
     classes = table_classes.classify(facts)
     ordered, cycle = table_classes.parents_first(classes.moved, facts.source.foreign_keys)
     findings = [finding for check in CHECKS for finding in check(facts, classes)]
+    careful = ordinary_roles.careful_sides(facts)
+    findings += ordinary_roles.findings(facts, classes, careful, fresh=facts.fresh)
     if cycle:
         findings.append(_cycle(cycle))
     return Plan(
@@ -44,8 +46,10 @@ def judge_again(facts: Facts, before: Shape) -> tuple[Shape, tuple[Finding, ...]
         for t in shape.tables
     )
     findings = [finding for check in TABLE_CHECKS for finding in check(facts, classes)]
+    findings += ordinary_roles.findings(facts, classes, before.careful, fresh=before.fresh)
     refusals = tuple(finding for finding in findings if not finding.warning)
-    return replace(shape, tables=tuple(tables), fresh=before.fresh), refusals
+    kept = replace(shape, tables=tuple(tables), fresh=before.fresh, careful=before.careful)
+    return kept, refusals
 
 
 def _shape(facts: Facts, classes: Classes, ordered: list[Relation]) -> Shape:
@@ -54,6 +58,7 @@ def _shape(facts: Facts, classes: Classes, ordered: list[Relation]) -> Shape:
         tables=tuple(_moved_table(facts, classes, relation) for relation in ordered),
         sequences=_sequences(facts, classes),
         fresh=facts.fresh,
+        careful=ordinary_roles.careful_sides(facts),
     )
 
 
@@ -127,6 +132,7 @@ def _cycle(tables: list[Relation]) -> Finding:
     return Finding(
         "foreign_key_cycle",
         f"foreign keys form a cycle among {listed(str(t.ref) for t in tables)}",
-        "Nothing to do: rows are applied without checking foreign keys, and compared at the end.",
+        "Nothing to do: rows are copied before the foreign keys are there, or without checking them, and"
+        " every row is compared at the end.",
         warning=True,
     )

@@ -143,17 +143,6 @@ def _both_servers(facts: Facts, _: Classes) -> Iterator[Finding]:
             )
 
 
-def _replica_role(facts: Facts, _: Classes) -> Iterator[Finding]:
-    """Rows are applied, and later removed, without firing triggers or foreign keys a second time."""
-    for side, server in (("source", facts.source.server), ("target", facts.target.server)):
-        if not server.may_set_replica_role:
-            yield Finding(
-                "no_replica_role",
-                f"role {server.role} may not set session_replication_role on the {side}",
-                f'GRANT SET ON PARAMETER session_replication_role TO "{server.role}";',
-            )
-
-
 def _forced_row_security(facts: Facts, classes: Classes) -> Iterator[Finding]:
     """It would apply to us as the owner of the clone."""
     server = facts.target.server
@@ -477,7 +466,6 @@ CHECKS: tuple[Callable[[Facts, Classes], Iterator[Finding]], ...] = (
     _class_findings,
     _source_server,
     _both_servers,
-    _replica_role,
     _forced_row_security,
     _ownership,
     _identity_indexes,

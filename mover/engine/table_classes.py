@@ -3,7 +3,7 @@ refused. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from mover.core.facts import Facts, ForeignKey, Relation
@@ -215,16 +215,27 @@ def _exempting(relation: Relation) -> str:
 def parents_first(
     relations: Sequence[Relation], foreign_keys: Sequence[ForeignKey]
 ) -> tuple[list[Relation], list[Relation]]:
-    """The relations in an order that foreign keys allow, otherwise by name; and those in or behind a
-    cycle, which keep their order."""
+    """The relations in an order that foreign keys allow, otherwise by name; and those in a cycle, of which
+    the first by name is taken as if it had no parents."""
     waiting = sorted(relations, key=lambda r: r.ref)
+    parents = {r.ref: {k.parent for k in foreign_keys if k.child == r.ref != k.parent} for r in waiting}
     ordered: list[Relation] = []
     while waiting:
         left = {r.ref for r in waiting}
-        blocked = {k.child for k in foreign_keys if k.parent in left and k.parent != k.child}
-        ready = [r for r in waiting if r.ref not in blocked]
-        if not ready:
-            return ordered + waiting, waiting
+        ready = [r for r in waiting if not parents[r.ref] & left]
+        ready = ready or [next(r for r in waiting if _is_own_ancestor(r.ref, parents, left))]
         ordered += ready
-        waiting = [r for r in waiting if r.ref in blocked]
-    return ordered, []
+        waiting = [r for r in waiting if r not in ready]
+    everywhere = set(parents)
+    return ordered, [r for r in ordered if _is_own_ancestor(r.ref, parents, everywhere)]
+
+
+def _is_own_ancestor(
+    table: TableRef, parents: Mapping[TableRef, Set[TableRef]], among: Set[TableRef]
+) -> bool:
+    found: set[TableRef] = set()
+    new = parents[table] & among
+    while new:
+        found |= new
+        new = {parent for child in new for parent in parents[child] & among} - found
+    return table in found

@@ -19,7 +19,7 @@ from mover.core.copying import Chunk, Key
 from mover.core.errors import Unreachable, first_error
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.tables import MovedTable, Shape
-from mover.postgres import holdings, owner, ranges
+from mover.postgres import holdings, owner, ranges, roles
 from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
 
@@ -39,7 +39,7 @@ class BulkCopier:
         self._shape, self._tenant, self._identity = shape, tenant, identity
 
     async def plan_chunks(self, table: MovedTable, snapshot_id: str) -> Sequence[Chunk]:
-        bounds = await self._bounds(table, snapshot_id)
+        bounds = [] if await self._is_whole(table) else await self._bounds(table, snapshot_id)
         edges: list[Key | None] = [None, *bounds, None]
         chunks = [Chunk(n, lo, hi) for n, (lo, hi) in enumerate(pairwise(edges), start=1)]
         async with self._target.connect("chunks") as conn, conn.transaction():
@@ -60,7 +60,7 @@ class BulkCopier:
 
     @asynccontextmanager
     async def worker(self, snapshot_id: str) -> AsyncIterator[BulkWorker]:
-        settings = {"session_replication_role": "replica", "mover.tenant": str(self._tenant)}
+        settings = roles.settings(self._tenant, careful=Side.TARGET in self._shape.careful)
         async with (
             self._source.connect_bulk("copy") as source,
             self._target.connect_bulk("copy", **settings) as target,
@@ -96,6 +96,13 @@ class BulkCopier:
 
     def labels(self) -> tuple[str, str]:
         return self._source.label, self._target.label
+
+    async def _is_whole(self, table: MovedTable) -> bool:
+        """Whether one statement has to bring all rows: each may refer to any other of them."""
+        if not self._shape.checks_while_copying:
+            return False
+        async with self._target.connect("chunks") as conn:
+            return await roles.refers_to_itself(conn, table.target)
 
     async def _bounds(self, table: MovedTable, snapshot_id: str) -> list[Key]:
         """Keys that split the tenant's rows into chunks of about CHUNK_BYTES; none without a key."""

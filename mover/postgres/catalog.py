@@ -108,6 +108,7 @@ async def read_relations(conn: Connection, schemas: Collection[str]) -> tuple[Re
     columns = _by_relation(await rows(conn, "columns", relations=oids))
     indexes = _by_relation(await rows(conn, "unique_indexes", relations=oids))
     triggers = _by_relation(await rows(conn, "triggers", relations=oids))
+    rules = _by_relation(await rows(conn, "rules", relations=oids))
     return tuple(
         Relation(
             ref=TableRef(row["schema"], row["name"]),
@@ -122,9 +123,8 @@ async def read_relations(conn: Connection, schemas: Collection[str]) -> tuple[Re
             replica_identity=row["replica_identity"],
             columns=tuple(_column(c) for c in columns[row["oid"]]),
             indexes=tuple(_index(i) for i in indexes[row["oid"]]),
-            triggers=tuple(
-                TriggerFacts(t["name"], t["on_delete"], t["enabled"]) for t in triggers[row["oid"]]
-            ),
+            triggers=tuple(_trigger(t) for t in triggers[row["oid"]]),
+            rules=tuple(_trigger(r) for r in rules[row["oid"]]),
             root=TableRef(*row["root"]) if row["root"] else None,
             partitions=tuple(TableRef(*name) for name in row["partitions"] or ()),
         )
@@ -166,6 +166,10 @@ def _column(row: Row) -> ColumnFacts:
     return ColumnFacts(**{name: value for name, value in row.items() if name != "relation"})
 
 
+def _trigger(row: Row) -> TriggerFacts:
+    return TriggerFacts(row["name"], row["on_delete"], row["enabled"])
+
+
 def _index(row: Row) -> IndexFacts:
     return IndexFacts(
         name=row["name"],
@@ -189,6 +193,7 @@ def _foreign_key(row: Row) -> ForeignKey:
         parent_columns=tuple(row["parent_columns"]),
         deferrable=row["deferrable"],
         validated=row["validated"],
+        indexed=row["indexed"],
     )
 
 

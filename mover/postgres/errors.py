@@ -20,7 +20,7 @@ from mover.core.errors import (
 )
 from mover.core.ids import TableRef
 
-_CONFLICTS = {"23505", "23503", "23P01", "23502", "23514"}
+_CONFLICTS = {"23505", "23503", "23001", "23P01", "23502", "23514"}
 # 57P0x: shutdown and start-up; 53xxx: out of connections, memory or disk; 25P0x: idle timeouts.
 _PASSING_CLASSES = ("08", "53", "57P0", "25P03", "57P05", "58")
 _PASSING = {"40001", "40P01", "57014", "55006"}

@@ -43,6 +43,7 @@ class Merge:
         self._is_always = {c.name for c in table.copied if c.identity_always}
         self._insert_one: dict[Names, bytes] = {}
         self._update_one: dict[Names, bytes] = {}
+        self._update_moved: dict[Names, bytes] = {}
         self._always_beside_key = self._is_always - set(table.key)
 
     @cached_property
@@ -173,20 +174,34 @@ class Merge:
         found = self._update_one.get(names)
         if found is None:
             used = self.used_by_update(names)
-            statement = self._replace_one(used) if self._always_beside_key else self._set_one(used)
-            found = self._update_one[names] = statement.as_bytes()
+            found = self._update_one[names] = self._update(used, self._key_from(len(used)))
         return found
 
-    def _set_one(self, names: Names) -> sql.Composed:
+    def update_moved(self, names: Names) -> bytes:
+        """For a row that a foreign key's action may have given its new key already. Parameters: the values
+        of `used_by_update(names)`, the old key, the new key."""
+        found = self._update_moved.get(names)
+        if found is None:
+            used = self.used_by_update(names)
+            old, new = self._key_from(len(used)), self._key_from(len(used) + len(self.table.key))
+            either = sql.SQL("(({}) OR ({}))").format(old, new)
+            found = self._update_moved[names] = self._update(used, either)
+        return found
+
+    def _update(self, names: Names, key: sql.Composed) -> bytes:
+        make = self._replace_one if self._always_beside_key else self._set_one
+        return make(names, key).as_bytes()
+
+    def _set_one(self, names: Names, key: sql.Composed) -> sql.Composed:
         assignments = sql.SQL(", ").join(
             sql.SQL("{} = {}").format(sql.Identifier(name), _parameter(n))
             for n, name in enumerate(names, start=1)
         )
         return sql.SQL("UPDATE {} AS t SET {} WHERE {} AND {}").format(
-            self._target, assignments, self._known, self._key_from(len(names))
+            self._target, assignments, self._known, key
         )
 
-    def _replace_one(self, names: Names) -> sql.Composed:
+    def _replace_one(self, names: Names, key: sql.Composed) -> sql.Composed:
         """A new row in the old one's place: its GENERATED ALWAYS identity may have another value now."""
         types = {column.name: ranges.type_on(column, Side.TARGET) for column in self.table.copied}
         place = {name: _parameter(n) for n, name in enumerate(names, start=1)}
@@ -202,7 +217,7 @@ class Merge:
         ).format(
             target=self._target,
             tenant=self._known,
-            key=self._key_from(len(names)),
+            key=key,
             names=_identifiers(list(types)),
             values=values,
         )

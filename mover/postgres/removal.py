@@ -18,7 +18,7 @@ from psycopg import sql
 from mover.core.crash import reach
 from mover.core.ids import TableRef, TenantId
 from mover.core.tables import Holding
-from mover.postgres import holdings, owner
+from mover.postgres import holdings, owner, roles
 from mover.postgres.connect import Database, Identity
 
 BATCH_ROWS = 5_000
@@ -33,29 +33,79 @@ async def remove_rows(
     tenant: TenantId,
     identity: Identity,
     say: Say,
+    *,
+    careful: bool = False,
 ) -> int:
     """Delete the tenant's rows of `tables` (parents first, owners before what they own), children first.
 
-    A partitioned table is emptied partition by partition: a row's place is its own in its partition only."""
+    `careful`: foreign keys are in force."""
     removed = 0
-    async with _connection(database, tenant) as conn:
-        for holding in reversed(tables):
-            count = 0
-            for part in await _parts(conn, holding.table):
-                while batch := await _one_batch(conn, replace(holding, table=part), tenant, identity):
-                    count += batch
+    held = {holding.table: holding for holding in tables}
+    async with _connection(database, tenant, careful) as conn:
+        groups = [((holding.table,), False) for holding in reversed(tables)]
+        for group, at_once in await roles.children_first(conn, held) if careful else groups:
+            own = [held[table] for table in group]
+            if at_once:
+                count = await _whole(conn, own, tenant, identity)
+            else:
+                count = await _in_batches(conn, own[0], tenant, identity)
             if count:
-                await say(f"removed {count} rows from {holding.table} on the {database.label}")
+                names = ", ".join(map(str, group))
+                await say(f"removed {count} rows from {names} on the {database.label}")
             removed += count
     return removed
 
 
+async def _in_batches(
+    conn: psycopg.AsyncConnection[tuple[Any, ...]],
+    holding: Holding,
+    tenant: TenantId,
+    identity: Identity,
+) -> int:
+    """Partition by partition: a row's place is its own in its partition only."""
+    count = 0
+    for part in await _parts(conn, holding.table):
+        while batch := await _one_batch(conn, replace(holding, table=part), tenant, identity):
+            count += batch
+    return count
+
+
+async def _whole(
+    conn: psycopg.AsyncConnection[tuple[Any, ...]],
+    tables: Sequence[Holding],
+    tenant: TenantId,
+    identity: Identity,
+) -> int:
+    """Rows that may refer to each other, in one statement: foreign keys are checked when it ends.
+
+    Locks: ROW EXCLUSIVE and the tenant's rows, which nobody writes any more."""
+    deletes = [
+        sql.SQL("{} AS (DELETE FROM {} AS t WHERE {} RETURNING 1)").format(
+            sql.Identifier(f"d{number}"),
+            holdings.named(holding.table),
+            holdings.is_tenants(holding, "t", tenant),
+        )
+        for number, holding in enumerate(tables)
+    ]
+    counts = [
+        sql.SQL("(SELECT count(*) FROM {})").format(sql.Identifier(f"d{number}"))
+        for number in range(len(tables))
+    ]
+    statement = sql.SQL("WITH {} SELECT {}").format(sql.SQL(", ").join(deletes), sql.SQL(" + ").join(counts))
+    async with conn.transaction():
+        await owner.hold(conn, identity)
+        row = await (await conn.execute(statement)).fetchone()
+        assert row is not None
+    reach("removal.batch")
+    return int(row[0])
+
+
 @asynccontextmanager
 async def _connection(
-    database: Database, tenant: TenantId
+    database: Database, tenant: TenantId, careful: bool
 ) -> AsyncIterator[psycopg.AsyncConnection[tuple[Any, ...]]]:
-    settings = {"session_replication_role": "replica", "mover.tenant": str(tenant), "lock_timeout": "5s"}
-    async with database.connect("removal", **settings) as conn:
+    settings = roles.settings(tenant, careful=careful)
+    async with database.connect("removal", **settings, lock_timeout="5s") as conn:
         yield conn
 
 

@@ -135,7 +135,7 @@ class PgSite:
 
     async def forget_copies(self, shape: Shape, tables: Collection[TableRef], say: Say) -> None:
         there = [h for h in await self._held_on_target(shape) if self._on_source(h.table) in tables]
-        await remove_rows(self.target, there, self.tenant, self.identity, say)
+        await self._remove_target_rows(shape, there, say)
         await align.forget_chunks(self.target, self.identity, tables)
 
     async def build_keys(self, shape: Shape, tables: Sequence[MovedTable]) -> None:
@@ -221,10 +221,11 @@ class PgSite:
             self.target, shape.schemas.values(), self.identity.migration, held, self.tenant
         ):
             return
-        await remove_rows(self.target, held, self.tenant, self.identity, say)
+        await self._remove_target_rows(shape, held, say)
 
     async def remove_source_rows(self, shape: Shape, say: Say) -> None:
-        await remove_rows(self.source, _holdings(shape, Side.SOURCE), self.tenant, self.identity, say)
+        held, careful = _holdings(shape, Side.SOURCE), Side.SOURCE in shape.careful
+        await remove_rows(self.source, held, self.tenant, self.identity, say, careful=careful)
 
     async def forget_source(self) -> None:
         await agent.forget(self.source, self.identity.migration)
@@ -261,6 +262,10 @@ class PgSite:
     def _on_source(self, table: TableRef) -> TableRef:
         schemas = dict(zip(self.target_place.schemas, self.source_place.schemas, strict=True))
         return TableRef(schemas[table.schema], table.name)
+
+    async def _remove_target_rows(self, shape: Shape, held: Sequence[Holding], say: Say) -> None:
+        careful = Side.TARGET in shape.careful
+        await remove_rows(self.target, held, self.tenant, self.identity, say, careful=careful)
 
 
 @asynccontextmanager

@@ -8,8 +8,10 @@ Every transaction locks the owner row first, so that a daemon that lost its leas
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 from typing import Any
 
 import psycopg
@@ -29,13 +31,13 @@ from mover.core.changes import (
 from mover.core.compaction import NeedsOrder, NetRows, NetTable, compact, net_rows, parts
 from mover.core.copying import CopiedRanges, Key
 from mover.core.errors import ApplyConflict, PlanOutdated, SchemaChanged, Where
-from mover.core.ids import Lsn, TableRef, TenantId
+from mover.core.ids import Lsn, Side, TableRef, TenantId
 from mover.core.membership import Membership, Values, owning, questions
 from mover.core.presence import Missing, keys_of, on_target
 from mover.core.snapshot import Snapshot
 from mover.core.tables import MovedTable, Shape
 from mover.ports import ConsistentPoint
-from mover.postgres import owner
+from mover.postgres import owner, roles
 from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
 from mover.postgres.layout import Layout, groups_of, row_blocks, stage_blocks, touched
@@ -60,9 +62,11 @@ class Writer:
     ) -> None:
         self._database, self._identity, self._conn = database, identity, conn
         self.tenant = tenant
+        self.careful, self._own_target = Side.TARGET in shape.careful, shape.fresh
         self._tenant_text = str(tenant).encode()
         self._schemas = shape.schemas
         self._merges = {t.source: Merge(t, n, tenant) for n, t in enumerate(shape.tables)}
+        self._order = {ref: number for number, ref in enumerate(self._merges)}
         self.moves_by_copy = {ref for ref, merge in self._merges.items() if merge.moves_by_copy}
         self.keyless = frozenset(t.source for t in shape.tables if not t.key)
         self.owned = OwnedRows(owning(shape.tables), tenant, self.copied, self.touch)
@@ -78,10 +82,9 @@ class Writer:
     ) -> AsyncIterator[Writer]:
         """Connect and make the staging tables."""
         settings = {
-            "session_replication_role": "replica",  # no user triggers, no foreign-key order
+            **roles.settings(tenant, careful=Side.TARGET in shape.careful),
             "synchronous_commit": "on",  # what we confirm to the slot must survive a crash here
             "client_min_messages": "warning",
-            "mover.tenant": str(tenant),
         }
         async with database.connect("apply", **settings) as conn:
             writer = cls(database, shape, tenant, identity, conn)
@@ -96,7 +99,10 @@ class Writer:
             stack.enter_context(translate(self._database.label))
             await stack.enter_async_context(self._conn.transaction())
             await owner.hold(self._conn, self._identity)
-            yield Transaction(self, self._conn, self._identity)
+            forces = roles.Forces(self._conn, own_target=self._own_target) if self.careful else None
+            yield Transaction(self, self._conn, self._identity, forces)
+            if forces is not None:
+                await forces.put_back()
 
     async def progress(self) -> tuple[Lsn, Snapshot | None]:
         with translate(self._database.label):
@@ -123,6 +129,31 @@ class Writer:
 
     def merge(self, table: TableRef) -> Merge:
         return self._merges[table]
+
+    def order(self, table: TableRef) -> int:
+        """Parents first."""
+        return self._order[table]
+
+    def in_parts(self, changes: Sequence[Change]) -> Iterator[Truncated | list[RowChange | Rehomed]]:
+        """The changes in order; tables that were truncated together, where foreign keys are in force,
+        children first."""
+        for truncated, group in groupby(parts(changes), lambda part: isinstance(part, Truncated)):
+            if truncated and self.careful:
+                yield from sorted(group, key=self._last_parents)
+            else:
+                yield from group
+
+    def _last_parents(self, part: Truncated | list[RowChange | Rehomed]) -> int:
+        return -self._order.get(part.table, 0) if isinstance(part, Truncated) else 0
+
+    def target_tables(self, changes: Sequence[Change]) -> set[TableRef]:
+        """Those that the changes may touch, on the target."""
+        tables = {
+            change.table if isinstance(change, (Truncated, Rehomed)) else change.relation.table
+            for change in changes
+        }
+        below = {further for table in tables for further in self.owned.below(table)}
+        return {self.mapped(table) for table in tables | below}
 
     def layout(self, relation: Relation) -> Layout:
         """How the stream's rows of `relation` map to the planned table. Raises SchemaChanged.
@@ -202,8 +233,10 @@ class Writer:
 class Transaction:
     """Implements ports.ApplyTransaction."""
 
-    def __init__(self, writer: Writer, conn: Connection, identity: Identity) -> None:
-        self._writer, self._conn, self._identity = writer, conn, identity
+    def __init__(
+        self, writer: Writer, conn: Connection, identity: Identity, forces: roles.Forces | None
+    ) -> None:
+        self._writer, self._conn, self._identity, self._forces = writer, conn, identity, forces
         self._missing: Missing = {}
         self._rehomed: Values = {}
         self._awaited: Values = {}
@@ -216,13 +249,29 @@ class Transaction:
         }
         await self._conn.execute(_ADVANCE, facts)
 
-    async def apply(self, changes: Sequence[Change]) -> None:
-        for part in parts(changes):
+    async def apply(self, changes: Sequence[Change], ends: Sequence[int] = ()) -> None:
+        if self._forces is None:
+            return await self._apply(changes)
+        await self._forces.leave_out(self._writer.target_tables(changes))
+        missing = {table: set(keys) for table, keys in self._missing.items()}
+        if len(ends) > 1 and await self._tried(self._apply(changes)):
+            return
+        self._missing = missing
+        # What each transaction of the source needs to get past the foreign keys may not fit the others.
+        for begin, end in pairwise([0, *ends] if ends else [0, len(changes)]):
+            part, missing = changes[begin:end], {table: set(keys) for table, keys in self._missing.items()}
+            if await self._tried(self._apply(part)):
+                continue
+            self._missing = missing
+            await self._forces.postpone_checks()
+            await self._apply(part)
+
+    async def _apply(self, changes: Sequence[Change]) -> None:
+        for part in self._writer.in_parts(changes):
             if isinstance(part, Truncated):
                 await self._truncate(part)
             else:
-                changes = await self._tenants(self._writer.wanted(part))
-                await self._apply_rows(await self._without_keyless(changes))
+                await self._apply_part(await self._tenants(self._writer.wanted(part)))
 
     @property
     def is_missing_rows(self) -> bool:
@@ -231,8 +280,8 @@ class Transaction:
     async def fetch_missing(self, point: ConsistentPoint) -> None:
         owned = self._writer.owned
         await owned.read_again(self._conn, point, self._rehomed)
-        for ref, keys in self._missing.items():
-            table = self._writer.merge(ref).table
+        for ref in sorted(self._missing, key=self._writer.order):
+            table, keys = self._writer.merge(ref).table, self._missing[ref]
             self._writer.touch(ref, keys)
             if self._rehomed and table.owners:
                 await owned.remove(self._conn, table, table.key, keys)
@@ -278,28 +327,35 @@ class Transaction:
             )
         await self._conn.execute(merge.delete_partition(there))
 
-    async def _without_keyless(self, changes: list[RowChange]) -> list[RowChange]:
-        """Applies those of tables without a key, whose net effect is always known: the others."""
+    async def _apply_part(self, changes: list[RowChange]) -> None:
+        """The net effect on tables without a key is always known. Nothing refers to their rows: they go
+        before their parents do, and come after them."""
         keyless = self._writer.keyless
-        if not keyless:
-            return changes
-        for net in net_rows(change for change in changes if change.relation.table in keyless):
-            await self._merge_rows(net)
-        return [change for change in changes if change.relation.table not in keyless]
+        nets = [*net_rows(change for change in changes if change.relation.table in keyless)]
+        last = {net.relation.table: net for net in nets}
+        for net in nets:
+            await self._delete_rows(net)
+            if net is not last[net.relation.table]:
+                await self._insert_rows(net)
+        await self._apply_rows([change for change in changes if change.relation.table not in keyless])
+        for net in last.values():
+            await self._insert_rows(net)
 
-    async def _merge_rows(self, net: NetRows) -> None:
+    async def _delete_rows(self, net: NetRows) -> None:
         layout = self._writer.layout(net.relation)
         merge = layout.merge
         self._writer.touch(net.relation.table, [()])
-        async with self._conn.cursor() as cursor:
-            if net.deletes:
-                await self._copy_lines(merge.copy_lines(layout.names, staged=True), net.deletes)
-                await cursor.execute(merge.delete_equal_staged)
-                if cursor.rowcount != len(net.deletes):
-                    raise _no_row(net.relation.table)
-                await cursor.execute(merge.clear_stage)
-            if net.inserts:
-                await self._copy_lines(merge.copy_lines(layout.names, staged=False), net.inserts)
+        if net.deletes:
+            await self._copy_lines(merge.copy_lines(layout.names, staged=True), net.deletes)
+            cursor = await self._conn.execute(merge.delete_equal_staged)
+            if cursor.rowcount != len(net.deletes) and (net.inserts or not self._writer.careful):
+                raise _no_row(net.relation.table)
+            await self._conn.execute(merge.clear_stage)
+
+    async def _insert_rows(self, net: NetRows) -> None:
+        layout = self._writer.layout(net.relation)
+        if net.inserts:
+            await self._copy_lines(layout.merge.copy_lines(layout.names, staged=False), net.inserts)
 
     async def _copy_lines(self, statement: sql.Composed, rows: list[Row]) -> None:
         async with self._conn.cursor() as cursor, cursor.copy(statement) as copy:
@@ -311,12 +367,27 @@ class Transaction:
         is_fitted = len(changes) <= SMALL_BATCH or self.is_missing_rows or not self._are_whole(changes)
         if is_fitted:
             changes = await self._fit(changes)
-        if len(changes) > SMALL_BATCH and await self._as_sets(changes):
-            return
+        if is_large := len(changes) > SMALL_BATCH:
+            if await self._as_sets(changes):
+                return
         if not is_fitted:
             changes = await self._fit(changes)
+        if not self._writer.careful:
+            await self._replay(changes)
+        elif not await self._tried(self._replay(changes)) and (is_large or not await self._as_sets(changes)):
+            await self._replay_runs(changes)
+
+    async def _replay(self, changes: list[RowChange]) -> None:
         for turn in _turns(changes):
             await self._in_order(turn)
+
+    async def _replay_runs(self, changes: list[RowChange]) -> None:
+        """In source order, but what one statement may have done to many rows in one statement: foreign keys
+        are checked behind it."""
+        for _, run in groupby(changes, lambda change: (change.relation.table, type(change))):
+            rows = list(run)
+            if len(rows) == 1 or not await self._as_sets(rows):
+                await self._replay(rows)
 
     def _are_whole(self, changes: list[RowChange]) -> bool:
         relations = {id(change.relation): change.relation for change in changes}
@@ -347,12 +418,18 @@ class Transaction:
         """False when the batch has to be replayed in source order; then nothing has happened."""
         try:
             net = compact(changes, lambda relation: self._writer.layout(relation).key_at)
-            if not all(self._writer.merge(table).can_stage for table in net):
-                return False
+        except NeedsOrder:
+            return False
+        if not all(self._writer.merge(table).can_stage for table in net):
+            return False
+        return await self._tried(self._merge_all(net))
+
+    async def _tried(self, work: Awaitable[None]) -> bool:
+        """False when the rows did not let it happen; then nothing has happened."""
+        try:
             async with self._conn.transaction():  # a savepoint
-                for table in net.values():
-                    await self._merge(table)
-        except (NeedsOrder, _Mismatch):
+                await work
+        except (_Mismatch, ApplyConflict):
             return False
         except psycopg.Error as error:
             if not (error.sqlstate or "").startswith(_CONFLICTS):
@@ -360,43 +437,60 @@ class Transaction:
             return False
         return True
 
-    async def _merge(self, net: NetTable) -> None:
+    async def _merge_all(self, net: Mapping[TableRef, NetTable]) -> None:
+        order = self._writer.order
+        tables = [net[table] for table in sorted(net, key=order)]
+        merging = [await self._stage(table) for table in tables]
+        # Deletes first: they free unique values. Where foreign keys are in force, parents come first and go
+        # last, when nothing refers to them any more on which an action could act.
+        if self._writer.careful:
+            steps = [s for m in merging for s in m.inserts] + [s for m in merging for s in m.updates]
+            gone = [s for m in reversed(merging) for s in m.deletes]
+        else:
+            steps, gone = [s for m in merging for s in (*m.deletes, *m.updates, *m.inserts)], []
+        async with self._conn.cursor() as cursor:
+            for statement, expected in steps:
+                await cursor.execute(statement)
+                if cursor.rowcount != expected:
+                    raise _Mismatch
+            for statement, _ in gone:  # a foreign key's action may have been here before
+                await cursor.execute(statement)
+            for table in tables:
+                await cursor.execute(self._writer.merge(table.relation.table).clear_stage)
+
+    async def _stage(self, net: NetTable) -> _Steps:
         layout = self._writer.layout(net.relation)
         merge = layout.merge
         if self._writer.collects_dirty:
             self._writer.touch(net.relation.table, touched(layout, net))
         groups = groups_of(net)
-        async with self._conn.cursor() as cursor:
-            async with cursor.copy(merge.copy_stage(layout.names)) as copy:
-                for block in stage_blocks(net, groups):
-                    await copy.write(block)
-            # Deletes first: they free unique values; no cascade fires in replica mode.
-            steps = [(merge.delete_staged, len(net.deletes))] if net.deletes else []
-            for number, (unsent, keys) in enumerate(groups.items()):
-                sent = tuple(name for at, name in enumerate(layout.names) if at not in unsent)
-                if merge.assigned(sent):
-                    steps.append((merge.update_staged(sent, number), len(keys)))
-            if net.inserts:
-                steps.append((merge.insert_staged(layout.names), len(net.inserts)))
-            for statement, expected in steps:
-                await cursor.execute(statement)
-                if cursor.rowcount != expected:
-                    raise _Mismatch
-            await cursor.execute(merge.clear_stage)
+        async with self._conn.cursor() as cursor, cursor.copy(merge.copy_stage(layout.names)) as copy:
+            for block in stage_blocks(net, groups):
+                await copy.write(block)
+        steps = _Steps()
+        if net.deletes:
+            steps.deletes.append((merge.delete_staged, len(net.deletes)))
+        for number, (unsent, keys) in enumerate(groups.items()):
+            sent = tuple(name for at, name in enumerate(layout.names) if at not in unsent)
+            if merge.assigned(sent):
+                steps.updates.append((merge.update_staged(sent, number), len(keys)))
+        if net.inserts:
+            steps.inserts.append((merge.insert_staged(layout.names), len(net.inserts)))
+        return steps
 
     async def _in_order(self, changes: list[RowChange]) -> None:
         """Single statements, all sent before the last answers are read."""
-        sent: list[tuple[TableRef, psycopg.AsyncRawCursor[tuple[Any, ...]]]] = []
+        sent: list[tuple[RowChange, psycopg.AsyncRawCursor[tuple[Any, ...]]]] = []
         async with self._conn.pipeline():
             for change in changes:
                 statement, parameters = self._statement(change)
                 if statement is not None:
                     cursor = psycopg.AsyncRawCursor(self._conn)
                     await cursor.execute(statement, parameters)
-                    sent.append((change.relation.table, cursor))
-        for table, cursor in sent:
-            if cursor.rowcount != 1:
-                raise _no_row(table)
+                    sent.append((change, cursor))
+        for change, cursor in sent:
+            if cursor.rowcount != 1 and not (self._writer.careful and isinstance(change, Delete)):
+                raise _no_row(change.relation.table)
 
     def _statement(self, change: RowChange) -> tuple[bytes | None, Sequence[str | None]]:
         layout = self._writer.layout(change.relation)
@@ -413,7 +507,18 @@ class Transaction:
                 if not merge.assigned(names):
                     return None, ()
                 values = layout.values(new, merge.used_by_update(names))
+                if old is not None and self._writer.careful:
+                    return merge.update_moved(names), [*values, *layout.key(old), *layout.key(new)]
                 return merge.update_one(names), [*values, *layout.key(new if old is None else old)]
+
+
+@dataclass(slots=True)
+class _Steps:
+    """Set statements, each with the number of rows that it has to touch."""
+
+    deletes: list[tuple[sql.Composed, int]] = field(default_factory=list)
+    updates: list[tuple[sql.Composed, int]] = field(default_factory=list)
+    inserts: list[tuple[sql.Composed, int]] = field(default_factory=list)
 
 
 class _Mismatch(Exception):

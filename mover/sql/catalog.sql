@@ -127,15 +127,25 @@ SELECT i.indrelid::bigint AS relation, c.relname::text AS name, i.indisprimary A
  ORDER BY i.indrelid, NOT i.indisprimary, c.relname;
 
 -- name: triggers
--- The application's triggers, but for those that partitions have from their root; bit 8 of tgtype is DELETE.
+-- The application's triggers on changes of rows, but for those that partitions have from their root, and
+-- those whose WHEN tells our sessions apart; of tgtype, bit 4 is INSERT, 8 DELETE, 16 UPDATE.
 SELECT t.tgrelid::bigint AS relation, t.tgname::text AS name, t.tgtype & 8 <> 0 AS on_delete,
        t.tgenabled::text AS enabled
   FROM pg_trigger t
   JOIN pg_proc p ON p.oid = t.tgfoid
   JOIN pg_namespace n ON n.oid = p.pronamespace
  WHERE t.tgrelid = ANY(%(relations)s) AND NOT t.tgisinternal AND t.tgparentid = 0
-   AND NOT starts_with(t.tgname, 'mover_') AND n.nspname <> 'mover'
+   AND NOT starts_with(t.tgname, 'mover_') AND n.nspname <> 'mover' AND t.tgtype & 28 <> 0
+   AND (t.tgqual IS NULL OR position('mover.tenant' IN pg_get_triggerdef(t.oid)) = 0)
  ORDER BY t.tgname;
+
+-- name: rules
+-- Rules on changes of rows; ev_type 4 is DELETE.
+SELECT r.ev_class::bigint AS relation, r.rulename::text AS name, r.ev_type = '4' AS on_delete,
+       r.ev_enabled::text AS enabled
+  FROM pg_rewrite r
+ WHERE r.ev_class = ANY(%(relations)s) AND r.ev_type <> '1'
+ ORDER BY r.rulename;
 
 -- name: foreign_keys
 -- Foreign keys from or into the schemas, also from elsewhere; not the copies that partitions inherit.
@@ -146,7 +156,9 @@ SELECT c.conname::text AS name, cn.nspname::text AS child_schema, ct.relname::te
          AS child_columns,
        ARRAY(SELECT a.attname::text FROM unnest(c.confkey) WITH ORDINALITY k(num, ord)
                JOIN pg_attribute a ON a.attrelid = c.confrelid AND a.attnum = k.num ORDER BY k.ord)
-         AS parent_columns, c.condeferrable AS deferrable, c.convalidated AS validated
+         AS parent_columns, c.condeferrable AS deferrable, c.convalidated AS validated,
+       EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.conrelid AND i.indisvalid AND i.indpred IS NULL
+                   AND i.indkey[0] = ANY (c.conkey)) AS indexed
   FROM pg_constraint c
   JOIN pg_class ct ON ct.oid = c.conrelid
   JOIN pg_namespace cn ON cn.oid = ct.relnamespace

@@ -216,7 +216,7 @@ async def test_tables_that_cannot_be_moved_are_all_named_at_once(scene):
     core = scene.homes[CORE]
     core.execute("create table core_dms.settings (name text primary key)")
     core.execute(
-        "create table core_dms.pages (id int primary key, document uuid references core_dms.documents)"
+        "create table core_dms.pages (number int, document uuid references core_dms.documents)"
     )
     core.execute("create table core_dms.drafts (tenant_id uuid, body text)")
     async with asking(scene) as asked:
@@ -274,7 +274,7 @@ async def test_a_role_without_rights(scene, weak_role):
     core = scene.homes[CORE]
     async with asking(scene) as asked:
         asked.live_at(core.url.replace("postgres@", f"{weak_role}@"))
-        lacks = {"no_replication", "no_create", "no_replica_role", "not_owner", "no_privilege"}
+        lacks = {"no_replication", "no_create", "not_owner", "no_privilege"}
         lacks.add("no_create_in_schema")
         await asked.refused(scene.tenant, lacks)
 

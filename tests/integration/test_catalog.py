@@ -185,12 +185,11 @@ async def test_a_plain_role_is_told_every_grant_that_it_lacks(sides, pg16, pg18)
             "no_replication",
             "no_create",
             "no_create_in_schema",
-            "no_replica_role",
             "no_privilege",
             "not_owner",
             "row_security",
         }
-        hints = {f.hint for f in plan.refusals}
+        hints = {f.hint for f in plan.findings}
         assert f'ALTER ROLE "{role}" REPLICATION;' in hints
         assert f'GRANT SET ON PARAMETER session_replication_role TO "{role}";' in hints
         assert f'GRANT "postgres" TO "{role}";' in hints

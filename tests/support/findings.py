@@ -53,6 +53,12 @@ def existing(**changes: object) -> Mapping[str, object]:
     return {"schemas": frozenset({"realestate_dms"}), "relations": (twin,), **changes}
 
 
+def shared(**of_twin: object) -> Mapping[str, object]:
+    """A target with other tenants, and a role that may not set session_replication_role."""
+    twin = table("documents", ref=ON_TARGET, **of_twin)
+    return existing(relations=(twin,), server=replace(OTHER_SERVER, may_set_replica_role=False))
+
+
 def partitioned(**of_partition: object) -> tuple[Relation, Relation]:
     """A partitioned table that could move, and its partition, which `of_partition` changes."""
     name = TableRef("core_dms", "visits_2026")
@@ -89,6 +95,24 @@ def examples() -> Mapping[str, Facts]:
         "pooler": facts(source=server(pooled=True)),
         "no_create": facts(source=server(may_create_schema=False)),
         "no_replica_role": facts(source=server(may_set_replica_role=False)),
+        "trigger_on_clean_up": facts(
+            table("documents", triggers=(TriggerFacts("audit", True, "O"),)),
+            source=server(may_set_replica_role=False),
+        ),
+        "foreign_key_unindexed": facts(
+            table("documents"),
+            table("folders"),
+            foreign_keys=[replace(INSIDE, indexed=False)],
+            source=server(may_set_replica_role=False),
+        ),
+        "trigger_fires_twice": facts(target=shared(triggers=(TriggerFacts("touch", False, "O"),))),
+        "rule": facts(target=shared(rules=(TriggerFacts("keep", True, "O"),))),
+        "foreign_key_cycle_checked": facts(
+            table("documents"),
+            table("folders"),
+            foreign_keys=[INSIDE, key("folders", "documents")],
+            target=shared(),
+        ),
         "few_connections": facts(source=server(connections_used=90)),
         "long_transactions": facts(source=server(long_transactions=long)),
         "no_tenant_column": facts(table("documents"), no_tenant),

@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mover.core.ids import TableRef
+from mover.core.ids import Side, TableRef
 from mover.core.plan_codec import decode_plan, encode_plan
 from mover.core.tables import Column, Finding, MovedTable, Owner, Plan, SequenceRef, Shape
 
@@ -40,6 +40,7 @@ shapes = st.builds(
     tables=st.lists(moved, max_size=3).map(tuple),
     sequences=st.lists(st.builds(SequenceRef, tables, tables), max_size=2).map(tuple),
     fresh=st.booleans(),
+    careful=st.frozensets(st.sampled_from(Side)),
 )
 plans = st.builds(
     Plan,

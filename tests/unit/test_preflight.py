@@ -18,8 +18,8 @@ from mover.core.facts import (
     Tenancy,
     TriggerFacts,
 )
-from mover.core.ids import TableRef
-from mover.engine.preflight import judge
+from mover.core.ids import Side, TableRef
+from mover.engine.preflight import judge, judge_again
 from tests.support.facts import KEY, SERVER, column, facts, key, server, table
 
 
@@ -50,7 +50,7 @@ def test_a_sound_migration_has_no_findings():
         ({"in_recovery": True}, "standby", False),
         ({"pooled": True}, "pooler", False),
         ({"may_create_schema": False}, "no_create", False),
-        ({"may_set_replica_role": False}, "no_replica_role", False),
+        ({"may_set_replica_role": False}, "no_replica_role", True),
         ({"slot_wal_keep_mb": 512}, "slot_wal_keep", True),
         ({"connections_used": 90}, "few_connections", True),
         ({"long_transactions": (LongTransaction(7, "report", 900.0),)}, "long_transactions", True),
@@ -90,7 +90,7 @@ def test_parents_come_before_children_and_a_cycle_is_noted():
     assert plan.findings == ()
 
     plan = judge(facts(*tables, foreign_keys=[*keys, key("c_root", "a_child")]))
-    assert [t.source.name for t in plan.shape.tables] == ["a_child", "b_parent", "c_root"]
+    assert [t.source.name for t in plan.shape.tables] == ["a_child", "c_root", "b_parent"]
     assert [(f.code, f.warning) for f in plan.findings] == [("foreign_key_cycle", True)]
 
 
@@ -158,6 +158,47 @@ def test_subscriptions_into_moved_tables_are_refused_on_both_sides():
 def test_triggers_that_cannot_be_bypassed_are_found(enabled, on_delete, expected):
     documents = table("documents", triggers=(TriggerFacts("t", on_delete, enabled),))
     assert found(facts(documents)) == expected
+
+
+ORDINARY = server(may_set_replica_role=False)
+ORDINARY_TARGET = {"server": replace(ORDINARY["server"], system_identifier="2")}
+TOUCH, AUDIT = TriggerFacts("touch", False, "O"), TriggerFacts("audit", True, "O")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"source": ORDINARY}, [("trigger_on_clean_up", "audit"), ("rule", "kept")]),
+        ({"target": ORDINARY_TARGET}, [("rule", "kept")]),
+        ({}, []),
+    ],
+)
+def test_what_would_fire_for_us_is_found_where_it_cannot_be_bypassed(changes, expected):
+    """On a fresh target we keep the triggers out ourselves."""
+    documents = table("documents", triggers=(TOUCH, AUDIT), rules=(replace(AUDIT, name="kept"),))
+    plan = judge(facts(documents, **changes))
+    assert [(f.code, f.message.split()[1]) for f in plan.refusals] == expected
+    assert plan.shape.careful == frozenset(Side(side) for side in changes)
+
+
+def test_what_would_act_for_a_second_time_among_other_tenants_is_refused():
+    tables = table("documents", triggers=(TOUCH,)), table("folders")
+    keys = [key("documents", "folders"), key("folders", "documents")]
+    twin = table("documents", ref=TableRef("realestate_dms", "documents"), triggers=(TOUCH,))
+    target = {"schemas": frozenset({"realestate_dms"}), "relations": (twin,)}
+    plan = judge(facts(*tables, foreign_keys=keys, target={**target, **ORDINARY_TARGET}))
+    assert [f.code for f in plan.refusals] == ["trigger_fires_twice", "foreign_key_cycle_checked"]
+    assert judge(facts(*tables, foreign_keys=keys, target=target)).refusals == ()
+
+
+def test_how_a_side_is_written_is_decided_once():
+    documents = table("documents")
+    before = judge(facts(documents, target=ORDINARY_TARGET)).shape
+    granted, refusals = judge_again(facts(documents), before)
+    assert (granted.careful, refusals) == (frozenset({Side.TARGET}), ())
+    audited = facts(table("documents", triggers=(AUDIT,)))
+    _, refusals = judge_again(audited, replace(before, careful=frozenset({Side.SOURCE})))
+    assert [f.code for f in refusals] == ["trigger_on_clean_up"]
 
 
 def test_a_role_that_owns_nothing_is_told_whose_membership_it_needs():
