@@ -339,6 +339,7 @@ class Move:
         while True:
             await self._know_servers()
             await self.site.check_schemas(shape)
+            await self.site.carry_remarks(shape, self._say)
             await verification.check_schemas()
             await self._catch_up(follower)
             await verification.until_small()

@@ -16,7 +16,7 @@ from mover.core.migration import Place
 from mover.core.tables import MovedTable, Plan, Shape
 from mover.engine.preflight import judge, judge_again
 from mover.engine.site import Aligned, Link, Say
-from mover.postgres import agent, align, clone, identity, publication
+from mover.postgres import agent, align, clone, identity, publication, remarks
 from mover.postgres.align import Look
 from mover.postgres.bulk import BulkCopier
 from mover.postgres.connect import Database, Identity
@@ -132,6 +132,10 @@ class PgSite:
             raise SchemaChanged(refusal.message, where=Where(self.tenant, refusal.table), hint=refusal.hint)
         check_keys(shape, now, self.tenant)
         return now
+
+    async def carry_remarks(self, shape: Shape, say: Say) -> None:
+        if shape.fresh:
+            await remarks.carry(self.source, self.target, self.identity, shape.schemas, say)
 
     async def forget_copies(self, tables: Collection[TableRef], say: Say) -> None:
         there = [t for t in await self._tenant_tables() if self._on_source(t) in tables]

@@ -15,6 +15,12 @@ FOLLOWED = (
     "alter table {0}_crm.deals add column discount bigint",
     "create index deals_discount on {0}_crm.deals (tenant_id, discount)",
     "drop index {0}_crm.deals_open",
+    "comment on table {0}_crm.deals is 'new'",
+    "revoke delete on {0}_crm.deals from app",
+)
+REMARKS = (
+    "select obj_description('realestate_crm.deals'::regclass), has_table_privilege('app', r, 'update'),"
+    " has_table_privilege('app', r, 'delete') from (select 'realestate_crm.deals'::regclass as r) deals"
 )
 OPERATORS = (
     "alter table {0}_crm.deals add column score double precision default random()",
@@ -44,6 +50,7 @@ async def test_a_harmless_change_is_followed(pg16, pg18, make_scene, point):
     clean(workload.report())
     assert discounts(scene) == filled
     assert indexes_of_deals(scene) == {"deals_pkey", "deals_discount"}
+    assert scene.homes[ESTATE].execute(REMARKS) == [("new", True, False)]
     assert "column realestate_crm.deals.discount was added" in events(scene, watch.id)
     watch.check_completed()
 
