@@ -14,7 +14,7 @@ from typing import cast
 
 from mover.core.alignment import copied_anew
 from mover.core.crash import reach
-from mover.core.errors import MoverError, PlanOutdated, Remedy
+from mover.core.errors import MoverError, PlanOutdated, Remedy, TableUnfit
 from mover.core.ids import TableRef
 from mover.core.migration import Claim
 from mover.core.states import Phase
@@ -40,10 +40,14 @@ class Alignment:
     async def align(self, plan: Plan) -> Plan:
         """The plan as the schemas are now. Raises SchemaChanged when an operator is needed."""
         shape = plan.shape
-        aligned = await self.site.align(shape, self.say, is_built=await self._is_built())
         notes = await self.store.load_notes(self.claim)
         before = cast(dict[str, str], notes.get(STORAGE, {}))
         unfinished = {TableRef(*name) for name in cast(list[list[str]], notes.get(COPY_ANEW, []))}
+        try:
+            aligned = await self.site.align(shape, self.say, is_built=await self._is_built())
+        except TableUnfit as error:
+            await self._note_anew(unfinished | _named(error))
+            raise
         anew = copied_anew(shape, aligned.shape, aligned.unfilled, before, aligned.storage) | unfinished
         if anew:
             await self._note_anew(anew)
@@ -74,7 +78,9 @@ class Alignment:
         except MoverError as error:
             if error.remedy not in (Remedy.ABORT, Remedy.PAUSE):
                 raise
-            if await self._is_unchanged():
+            if isinstance(error, TableUnfit):
+                await self._note_anew(_named(error))
+            elif await self._is_unchanged():
                 raise
             raise PlanOutdated(
                 f"the source's schemas have changed, and both sides are compared anew: {error}", error.where
@@ -94,3 +100,7 @@ class Alignment:
     async def _note_anew(self, tables: Collection[TableRef]) -> None:
         names = [[table.schema, table.name] for table in sorted(tables)]
         await self.store.save_note(self.claim, COPY_ANEW, names)
+
+
+def _named(error: MoverError) -> set[TableRef]:
+    return {error.where.table} if error.where.table else set()

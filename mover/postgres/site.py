@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from mover.core.alignment import Difference, check_keys, judge_differences, operator_needed
 from mover.core.crash import reach
-from mover.core.errors import NotReady, PlanOutdated, SchemaChanged, Unreachable, Where
+from mover.core.errors import NotReady, PlanOutdated, TableUnfit, Unreachable, Where
 from mover.core.facts import Tenancy
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.migration import Place
@@ -126,10 +126,13 @@ class PgSite:
         return verdict.follow
 
     def _planned_again(self, look: Look, shape: Shape) -> Shape:
-        """Raises SchemaChanged where a migration that has begun cannot go on so."""
+        """Raises SchemaChanged where a migration that has begun cannot go on so, TableUnfit where a table
+        is why."""
         now, refusals = judge_again(look.facts, shape)
         for refusal in refusals:
-            raise SchemaChanged(refusal.message, where=Where(self.tenant, refusal.table), hint=refusal.hint)
+            relation = look.facts.source.relation(refusal.table) if refusal.table else None
+            table = (relation and relation.root) or refusal.table
+            raise TableUnfit(refusal.message, where=Where(self.tenant, table), hint=refusal.hint)
         check_keys(shape, now, self.tenant)
         return now
 

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.support.acceptance import CORE, ESTATE, Home, Scene, at, clean, killed, until_stopped
+from tests.support.acceptance import CORE, ESTATE, Home, Scene, at, clean, holding_off, killed, until_stopped
 
 SIGSTOP, SIGCONT = signal.SIGSTOP, signal.SIGCONT
 # Of tables that the writers leave alone.
@@ -120,6 +120,28 @@ async def test_a_row_that_only_the_changed_schema_takes_pauses_instead_of_failin
         assert (await stage.run("resume", watch.id))[0] == 0
         await watch.until("completed")
     clean(workload.report())
+    watch.check_completed()
+
+
+async def test_a_replica_identity_that_somebody_takes_away_is_put_right(pg16, pg18, make_scene):
+    """What was deleted without a key in the stream is found by copying the table anew."""
+    scene = make_scene(pg16, pg18, rows=500)
+    core = scene.homes[CORE]
+    core.execute(
+        "create table core_crm.labels (tenant_id uuid not null, id int not null, name text not null,"
+        " primary key (tenant_id, id), constraint label_names unique (tenant_id, name))"
+    )
+    core.execute("insert into core_crm.labels select %s, g, g from generate_series(1, 50) g", scene.tenant)
+    watch = scene.watch()
+    async with scene.daemon() as stage:
+        with holding_off(core, scene.tenant):
+            await watch.submit(stage)
+            await watch.until_row(lambda row: row["phase"] == "cutover")
+            core.execute("alter table core_crm.labels replica identity using index label_names")
+            core.execute("delete from core_crm.labels where id < 10")
+            await watch.until_row(lambda row: (row["error"] or {}).get("code") == "plan_outdated")
+        core.execute("alter table core_crm.labels replica identity default")
+        await watch.until("completed")
     watch.check_completed()
 
 
