@@ -177,13 +177,13 @@ def copied_anew(
         if storage_before.get(str(ref)) not in (None, storage_now.get(str(ref)))
         or not _values_hold(old[ref], new[ref], unfilled)
     }
-    return _with_owned(suspect | old.keys() ^ new.keys(), now)
+    return frozenset(suspect | old.keys() ^ new.keys())
 
 
-def _with_owned(tables: Set[TableRef], shape: Shape) -> frozenset[TableRef]:
+def with_owned(tables: Set[TableRef], shape: Shape) -> frozenset[TableRef]:
     """These and all whose rows are the tenant's by rows of these."""
     owned = {t.source for t in shape.tables if any(owner.source in tables for owner in t.owners)}
-    return frozenset(tables) if owned <= tables else _with_owned(tables | owned, shape)
+    return frozenset(tables) if owned <= tables else with_owned(tables | owned, shape)
 
 
 def _values_hold(old: MovedTable, new: MovedTable, unfilled: Set[tuple[TableRef, str]]) -> bool:

@@ -88,6 +88,11 @@ class SchemaChanged(MoverError):
     code, remedy = "schema_changed", Remedy.PAUSE
 
 
+class TableUnfit(SchemaChanged):
+    """`where.table` is not one that can be moved, or its changes came without what tells rows apart. Once
+    an operator has mended it, it is copied anew: what was streamed meanwhile may be wrong."""
+
+
 class PlanOutdated(SchemaChanged):
     """The source's schemas are not those that the plan was made of: they are compared anew."""
 

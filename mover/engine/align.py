@@ -12,9 +12,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
-from mover.core.alignment import START_AGAIN, copied_anew
+from mover.core.alignment import START_AGAIN, copied_anew, with_owned
 from mover.core.crash import reach
-from mover.core.errors import MoverError, PlanOutdated, Remedy, SchemaChanged
+from mover.core.errors import MoverError, PlanOutdated, Remedy, SchemaChanged, TableUnfit
 from mover.core.ids import Side, TableRef
 from mover.core.migration import Claim
 from mover.core.states import Phase
@@ -40,11 +40,16 @@ class Alignment:
     async def align(self, plan: Plan) -> Plan:
         """The plan as the schemas are now. Raises SchemaChanged when an operator is needed."""
         shape = plan.shape
-        aligned = await self.site.align(shape, self.say, is_built=await self._is_built())
         notes = await self.store.load_notes(self.claim)
         before = cast(dict[str, str], notes.get(STORAGE, {}))
         unfinished = {TableRef(*name) for name in cast(list[list[str]], notes.get(COPY_ANEW, []))}
-        anew = copied_anew(shape, aligned.shape, aligned.unfilled, before, aligned.storage) | unfinished
+        try:
+            aligned = await self.site.align(shape, self.say, is_built=await self._is_built())
+        except TableUnfit as error:
+            await self._note_anew(unfinished | _named(error))
+            raise
+        changed = copied_anew(shape, aligned.shape, aligned.unfilled, before, aligned.storage)
+        anew = with_owned(changed | unfinished, aligned.shape)
         if anew and Side.TARGET in shape.careful and (not shape.fresh or await self._is_begun()):
             raise SchemaChanged(
                 f"{', '.join(map(str, sorted(anew)))} would have to be copied anew, while the target has"
@@ -80,7 +85,9 @@ class Alignment:
         except MoverError as error:
             if error.remedy not in (Remedy.ABORT, Remedy.PAUSE):
                 raise
-            if await self._is_unchanged():
+            if isinstance(error, TableUnfit):
+                await self._note_anew(_named(error))
+            elif await self._is_unchanged():
                 raise
             raise PlanOutdated(
                 f"the source's schemas have changed, and both sides are compared anew: {error}", error.where
@@ -104,3 +111,7 @@ class Alignment:
     async def _note_anew(self, tables: Collection[TableRef]) -> None:
         names = [[table.schema, table.name] for table in sorted(tables)]
         await self.store.save_note(self.claim, COPY_ANEW, names)
+
+
+def _named(error: MoverError) -> set[TableRef]:
+    return {error.where.table} if error.where.table else set()

@@ -339,6 +339,7 @@ class Move:
         while True:
             await self._know_servers()
             await self.site.check_schemas(shape)
+            await self.site.carry_remarks(shape, self._say)
             await verification.check_schemas()
             await self._catch_up(follower)
             await verification.until_small()
@@ -477,7 +478,7 @@ class Move:
         retained_bytes, wal_status = await self.site.slot_health() or (0, "gone")
         lag_bytes, lag_seconds = self.progress.lag_bytes or 0, self.progress.lag_seconds or 0.0
         self.observer.measured(self.claim.migration, lag_bytes, lag_seconds, retained_bytes)
-        if wal_status == "unreserved":
+        if self._figures.warns_of_slot(wal_status):
             await self._say("the slot is about to be lost: the source wants its WAL back", level="warning")
 
     def _window_left(self) -> float:

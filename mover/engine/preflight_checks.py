@@ -450,6 +450,16 @@ def _clone(facts: Facts, classes: Classes) -> Iterator[Finding]:
                 "Move to PostgreSQL 18 or newer, or make the columns STORED.",
                 table=relation.ref,
             )
+    for relation in facts.source.relations if target.major < 18 else ():
+        for column in relation.columns:
+            if column.unproven:
+                yield Finding(
+                    "not_null_not_valid",
+                    f"constraint {column.unproven} of {relation.ref} is NOT NULL and NOT VALID, which"
+                    f" PostgreSQL {target.major} does not know",
+                    f"ALTER TABLE {relation.ref} VALIDATE CONSTRAINT {column.unproven}; or drop it.",
+                    table=relation.ref,
+                )
     renamed = any(old != new for old, new in facts.schemas.items())
     for name in facts.source.functions_with_literals if renamed else ():
         yield Finding(

@@ -105,6 +105,11 @@ class Site(Protocol):
         """Raises PlanOutdated when `align` has something to do, SchemaChanged when an operator has."""
         ...
 
+    async def carry_remarks(self, shape: Shape, say: Say) -> None:
+        """A fresh target has the comments and privileges that the source has now; `check_schemas` has
+        passed."""
+        ...
+
     async def forget_copies(self, shape: Shape, tables: Collection[TableRef], say: Say) -> None:
         """The tenant's rows of these tables (of the source) are not on the target any more, nor are they
         held to be copied."""

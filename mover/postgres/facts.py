@@ -298,9 +298,18 @@ class _Gathering:
         if self.base.fresh or self._same_tables():
             return ()
         found = []
-        for relation in self._readable:
+        roots = {r.ref: r for r in self._readable}
+        partitions = [
+            r
+            for r in self.base.source.relations
+            if r.root in roots and "SELECT" in r.privileges and not r.row_security
+        ]
+        for relation in [*self._readable, *partitions]:
             target = self.base.target.relation(self.base.mapped(relation.ref))
+            root = roots.get(relation.root) if relation.root else None
             for index in relation.indexes:
+                if root is not None and _has_alike(root, index):
+                    continue
                 twin = next((i for i in target.indexes if i.name == index.name), None) if target else None
                 if target is None or twin is None or self.base.tenancy.column in index.columns:
                     continue
@@ -357,6 +366,12 @@ class _Unique:
     target: TableRef
     index: IndexFacts
     twin: IndexFacts
+
+
+def _has_alike(root: Relation, index: IndexFacts) -> bool:
+    """Whether a partition's index is one of the whole table's, most likely."""
+    values = (index.expressions, index.predicate)
+    return values in [(whole.expressions, whole.predicate) for whole in root.indexes]
 
 
 def _name(position: int) -> sql.Identifier:

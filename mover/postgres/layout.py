@@ -36,6 +36,10 @@ class Layout:
     def key(self, row: Row) -> Key:
         return tuple([_text(row[at]) for at in self.key_at])
 
+    def identifies(self, old: Row) -> bool:
+        """Whether an old row holds its key, which never is NULL."""
+        return all([old[at] is not None for at in self.key_at])
+
     def sent(self, row: Row) -> Names:
         """The columns whose values came with the row."""
         return tuple(name for name, value in zip(self.names, row, strict=True) if value is not UNCHANGED)

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 from mover.core.alignment import Difference, check_keys, judge_differences, operator_needed
 from mover.core.crash import reach
-from mover.core.errors import NotReady, PlanOutdated, SchemaChanged, Unreachable, Where
+from mover.core.errors import NotReady, PlanOutdated, TableUnfit, Unreachable, Where
 from mover.core.facts import Tenancy
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.migration import Place
 from mover.core.tables import Holding, MovedTable, Plan, Shape
 from mover.engine.preflight import judge, judge_again
 from mover.engine.site import Aligned, Link, Say
-from mover.postgres import agent, align, catalog, clone, identity, publication
+from mover.postgres import agent, align, catalog, clone, identity, publication, remarks
 from mover.postgres.align import Look
 from mover.postgres.bulk import BulkCopier
 from mover.postgres.connect import Database, Identity
@@ -126,12 +126,19 @@ class PgSite:
         return verdict.follow
 
     def _planned_again(self, look: Look, shape: Shape) -> Shape:
-        """Raises SchemaChanged where a migration that has begun cannot go on so."""
+        """Raises SchemaChanged where a migration that has begun cannot go on so, TableUnfit where a table
+        is why."""
         now, refusals = judge_again(look.facts, shape)
         for refusal in refusals:
-            raise SchemaChanged(refusal.message, where=Where(self.tenant, refusal.table), hint=refusal.hint)
+            relation = look.facts.source.relation(refusal.table) if refusal.table else None
+            table = (relation and relation.root) or refusal.table
+            raise TableUnfit(refusal.message, where=Where(self.tenant, table), hint=refusal.hint)
         check_keys(shape, now, self.tenant)
         return now
+
+    async def carry_remarks(self, shape: Shape, say: Say) -> None:
+        if shape.fresh:
+            await remarks.carry(self.source, self.target, self.identity, shape.schemas, say)
 
     async def forget_copies(self, shape: Shape, tables: Collection[TableRef], say: Say) -> None:
         there = [h for h in await self._held_on_target(shape) if self._on_source(h.table) in tables]

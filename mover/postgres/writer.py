@@ -30,7 +30,7 @@ from mover.core.changes import (
 )
 from mover.core.compaction import NeedsOrder, NetRows, NetTable, compact, net_rows, parts
 from mover.core.copying import CopiedRanges, Key
-from mover.core.errors import ApplyConflict, PlanOutdated, SchemaChanged, Where
+from mover.core.errors import ApplyConflict, PlanOutdated, SchemaChanged, TableUnfit, Where
 from mover.core.ids import Lsn, Side, TableRef, TenantId
 from mover.core.membership import Membership, Values, owning, questions
 from mover.core.presence import Missing, keys_of, on_target
@@ -198,11 +198,19 @@ class Writer:
                 # Only then the stream's description has to fit the plan: what came before a table is
                 # copied anew may describe it as it was.
                 is_here = not self.copied(relation.table).nothing
-                tenant_at = self.layout(relation).tenant_at if is_here else None
-            if not is_here:
+                layout = self.layout(relation) if is_here else None
+            if layout is None:
                 continue
+            old = None if isinstance(change, Insert) else change.old
+            if old is not None and not layout.identifies(old):
+                raise TableUnfit(
+                    f"a change of {relation.table} came without the row's key: the replica identity of the"
+                    " table, or of a partition, does not cover it",
+                    where=Where(table=relation.table),
+                    hint="Give it the replica identity back that it had, and resume: it is copied anew.",
+                )
             row = change.old if isinstance(change, Delete) else change.new
-            if tenant_at is not None and row[tenant_at] != self._tenant_text:
+            if layout.tenant_at is not None and row[layout.tenant_at] != self._tenant_text:
                 raise ApplyConflict(
                     f"the stream carried a row of {relation.table} that is not the tenant's",
                     where=Where(table=relation.table),

@@ -3,14 +3,16 @@
 
 -- name: stamp
 -- One value that changes with anything that rows depend on: tables, columns, constraints, unique indexes,
--- triggers, functions, enums; and with the storage of a table that has the tenant column, or a foreign key by
--- which its rows may be the tenant's, since what rewrites or empties one is not in the stream. Read under the
--- fence, so it is one query.
+-- triggers, functions, enums; with the replica identities of partitions, which we never change; and with the
+-- storage of a table that has the tenant column, or a foreign key by which its rows may be the tenant's, since
+-- what rewrites or empties one is not in the stream. Read under the fence, so it is one query.
 WITH relations AS (
   SELECT c.* FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
    WHERE n.nspname = ANY(%(schemas)s) AND c.relkind IN ('r', 'p', 'f')
 ), lines AS (
   SELECT concat_ws(' ', 'table', c.oid, c.relnamespace, c.relname, c.relkind, md5(c.relpartbound::text),
+                   CASE WHEN c.relispartition OR c.relkind = 'p' THEN concat(c.relreplident,
+                     (SELECT i.indexrelid FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)) END,
                    (SELECT i.inhparent || ' ' || i.inhdetachpending FROM pg_inherits i
                      WHERE i.inhrelid = c.oid AND c.relispartition),
                    CASE WHEN EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid

@@ -98,11 +98,16 @@ SELECT c.oid::bigint AS oid, n.nspname::text AS schema, c.relname::text AS name,
  ORDER BY n.nspname, c.relname;
 
 -- name: columns
--- Live columns of the relations, in order.
+-- Live columns of the relations, in order. One that is NOT NULL by a constraint that nobody has validated
+-- (from 18 on) may hold NULL.
 SELECT a.attrelid::bigint AS relation, a.attname::text AS name,
-       format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AS not_null,
+       format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AND unproven IS NULL AS not_null,
+       unproven::text,
        a.attgenerated::text AS generated, a.attidentity::text AS identity, a.attcollation <> 0 AS collatable
   FROM pg_attribute a
+  LEFT JOIN LATERAL (SELECT k.conname AS unproven FROM pg_constraint k
+                      WHERE k.conrelid = a.attrelid AND k.contype = 'n' AND NOT k.convalidated
+                        AND k.conkey = ARRAY[a.attnum]) k ON true
  WHERE a.attrelid = ANY(%(relations)s) AND a.attnum > 0 AND NOT a.attisdropped
  ORDER BY a.attrelid, a.attnum;
 

@@ -56,7 +56,11 @@ SELECT format('column %%I.%%I.%%I', n.nspname, c.relname, a.attname) AS key,
                       THEN (SELECT format('collate %%I.%%I', ln.nspname, l.collname) FROM pg_collation l
                               JOIN pg_namespace ln ON ln.oid = l.collnamespace WHERE l.oid = a.attcollation)
                  END,
-                 CASE WHEN a.attnotnull THEN 'not null' END,
+                 CASE WHEN a.attnotnull
+                       AND NOT EXISTS (SELECT FROM pg_constraint k
+                                        WHERE k.conrelid = a.attrelid AND k.contype = 'n'
+                                          AND NOT k.convalidated AND k.conkey = ARRAY[a.attnum])
+                      THEN 'not null' END,
                  CASE WHEN NOT c.relispartition THEN 'identity ' || nullif(a.attidentity::text, '') END,
                  'generated ' || nullif(a.attgenerated::text, ''),
                  'default ' || pg_get_expr(d.adbin, d.adrelid)) AS text
@@ -69,7 +73,8 @@ SELECT format('column %%I.%%I.%%I', n.nspname, c.relname, a.attname) AS key,
    AND a.attnum > 0 AND NOT a.attisdropped;
 
 -- name: constraints
--- Of tables and domains; NOT NULL is a column's property on every version here (a constraint from 18 on). What
+-- Of tables and domains; NOT NULL is a column's property on every version here (a constraint from 18 on), unless
+-- it is NOT VALID, which a clone gets after the rows. What
 -- a partition has because its root has it is left out: a side may name it as it likes, or attach it later.
 SELECT format('constraint %%I.%%I.%%I', n.nspname, coalesce(c.relname, t.typname), k.conname) AS key,
        pg_get_constraintdef(k.oid) AS text
@@ -77,7 +82,7 @@ SELECT format('constraint %%I.%%I.%%I', n.nspname, coalesce(c.relname, t.typname
   LEFT JOIN pg_class c ON c.oid = k.conrelid
   LEFT JOIN pg_type t ON t.oid = k.contypid
   JOIN pg_namespace n ON n.oid = coalesce(c.relnamespace, t.typnamespace)
- WHERE n.nspname = ANY(%(schemas)s) AND k.contype IN ('c', 'f', 'p', 'u', 'x')
+ WHERE n.nspname = ANY(%(schemas)s) AND (k.contype IN ('c', 'f', 'p', 'u', 'x') OR k.contype = 'n' AND NOT k.convalidated)
    AND NOT starts_with(k.conname, 'mover_') AND k.conparentid = 0
    AND CASE WHEN c.relispartition AND k.contype IN ('p', 'u', 'x')
             THEN NOT EXISTS (SELECT FROM pg_partition_ancestors(k.conrelid) above

@@ -154,3 +154,25 @@ async def test_a_partition_that_goes_pauses_the_migration_before_the_switch(pg16
         assert (await stage.run("resume", watch.id))[0] == 0
         await watch.until("completed")
     watch.check_completed()
+
+
+async def test_a_partition_whose_changes_lose_their_keys_is_copied_anew(pg16, pg18, make_scene):
+    """Its replica identity tells the tenant, but not the row: the stream's deletes find nothing."""
+    scene = make_scene(pg16, pg18)
+    add_records(scene)
+    core = scene.homes[CORE]
+    core.execute("create unique index readings_values on core_dms.readings_0 (tenant_id, value)")
+    watch = scene.watch()
+    async with scene.daemon() as stage:
+        with holding_off(core, scene.tenant):
+            await watch.submit(stage)
+            await watch.until_row(lambda row: row["phase"] == "cutover")
+            core.execute("alter table core_dms.readings_0 replica identity using index readings_values")
+            core.execute("delete from core_dms.readings_0 where tenant_id = %s and value < 20", scene.tenant)
+        await watch.until("paused")
+        assert (watch.row["switched_at"], watch.row["error"]["code"]) == (None, "schema_changed")
+        assert "core_dms.readings_0" in watch.row["error"]["message"]
+        core.execute("alter table core_dms.readings_0 replica identity default")
+        assert (await stage.run("resume", watch.id))[0] == 0
+        await watch.until("completed")
+    watch.check_completed()

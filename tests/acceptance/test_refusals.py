@@ -215,9 +215,7 @@ def hashed(token: str) -> str:
 async def test_tables_that_cannot_be_moved_are_all_named_at_once(scene):
     core = scene.homes[CORE]
     core.execute("create table core_dms.settings (name text primary key)")
-    core.execute(
-        "create table core_dms.pages (number int, document uuid references core_dms.documents)"
-    )
+    core.execute("create table core_dms.pages (number int, document uuid references core_dms.documents)")
     core.execute("create table core_dms.drafts (tenant_id uuid, body text)")
     async with asking(scene) as asked:
         codes = {"no_tenant_column", "owned_table", "nullable_tenant_column"}

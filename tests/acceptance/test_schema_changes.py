@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.support.acceptance import CORE, ESTATE, Home, Scene, at, clean, killed, until_stopped
+from tests.support.acceptance import CORE, ESTATE, Home, Scene, at, clean, holding_off, killed, until_stopped
 
 SIGSTOP, SIGCONT = signal.SIGSTOP, signal.SIGCONT
 # Of tables that the writers leave alone.
@@ -15,6 +15,12 @@ FOLLOWED = (
     "alter table {0}_crm.deals add column discount bigint",
     "create index deals_discount on {0}_crm.deals (tenant_id, discount)",
     "drop index {0}_crm.deals_open",
+    "comment on table {0}_crm.deals is 'new'",
+    "revoke delete on {0}_crm.deals from app",
+)
+REMARKS = (
+    "select obj_description('realestate_crm.deals'::regclass), has_table_privilege('app', r, 'update'),"
+    " has_table_privilege('app', r, 'delete') from (select 'realestate_crm.deals'::regclass as r) deals"
 )
 OPERATORS = (
     "alter table {0}_crm.deals add column score double precision default random()",
@@ -44,6 +50,7 @@ async def test_a_harmless_change_is_followed(pg16, pg18, make_scene, point):
     clean(workload.report())
     assert discounts(scene) == filled
     assert indexes_of_deals(scene) == {"deals_pkey", "deals_discount"}
+    assert scene.homes[ESTATE].execute(REMARKS) == [("new", True, False)]
     assert "column realestate_crm.deals.discount was added" in events(scene, watch.id)
     watch.check_completed()
 
@@ -113,6 +120,28 @@ async def test_a_row_that_only_the_changed_schema_takes_pauses_instead_of_failin
         assert (await stage.run("resume", watch.id))[0] == 0
         await watch.until("completed")
     clean(workload.report())
+    watch.check_completed()
+
+
+async def test_a_replica_identity_that_somebody_takes_away_is_put_right(pg16, pg18, make_scene):
+    """What was deleted without a key in the stream is found by copying the table anew."""
+    scene = make_scene(pg16, pg18, rows=500)
+    core = scene.homes[CORE]
+    core.execute(
+        "create table core_crm.labels (tenant_id uuid not null, id int not null, name text not null,"
+        " primary key (tenant_id, id), constraint label_names unique (tenant_id, name))"
+    )
+    core.execute("insert into core_crm.labels select %s, g, g from generate_series(1, 50) g", scene.tenant)
+    watch = scene.watch()
+    async with scene.daemon() as stage:
+        with holding_off(core, scene.tenant):
+            await watch.submit(stage)
+            await watch.until_row(lambda row: row["phase"] == "cutover")
+            core.execute("alter table core_crm.labels replica identity using index label_names")
+            core.execute("delete from core_crm.labels where id < 10")
+            await watch.until_row(lambda row: (row["error"] or {}).get("code") == "plan_outdated")
+        core.execute("alter table core_crm.labels replica identity default")
+        await watch.until("completed")
     watch.check_completed()
 
 

@@ -63,11 +63,14 @@ class Sides:
         return await self.site.align(self.shape, self.say, is_built=is_built)
 
 
-async def sides(make_database, pg16, pg18, *, fresh: bool = False) -> Sides:
+async def sides(
+    make_database, pg16, pg18, *, fresh: bool = False, more: str = "", on_target: str = "select"
+) -> Sides:
     source, target = make_database(pg16), make_database(pg18)
-    execute(source, SCHEMA.format("core_crm"))
+    execute(source, (SCHEMA + more).format("core_crm"))
+    execute(target, on_target)
     if not fresh:
-        execute(target, SCHEMA.format("estate_crm"))
+        execute(target, (SCHEMA + more).format("estate_crm"))
     execute(source, "insert into core_crm.deals values (%s, 1)", TENANT)
     site = PgSite(
         tenant=TENANT,

@@ -153,6 +153,25 @@ async def test_partitions_go_with_their_root_into_its_class(pg16, make_database)
     assert [f.code for f in plan.refusals] == ["partition_identity"]
 
 
+async def test_values_that_are_unique_in_one_partition_only_collide_there(pg16, pg18, make_database):
+    source, target = make_database(pg16), make_database(pg18)
+    for url, tenant in ((source, TENANT), (target, OTHER)):
+        prepare(url, tenant)
+        execute(url, "CREATE UNIQUE INDEX early_notes ON app.visits_archive (notes) WHERE minutes > 5")
+        execute(url, "CREATE UNIQUE INDEX ids ON app.visits (id, day)")
+        execute(
+            url,
+            "INSERT INTO app.visits (tenant_id, day, ward, patient, notes)"
+            " SELECT tenant_id, '2025-01-01'::date + g, ward, id, 'same ' || CASE WHEN g < 4 THEN g END"
+            " FROM app.patients, generate_series(1, 5) g WHERE id = 1",
+        )
+    execute(target, "UPDATE app.visits SET id = id + 1000000")
+    plan = await plan_of(source, target)
+    assert [(f.code, str(f.table), f.message.split()[0]) for f in plan.refusals] == [
+        ("collision", "app.visits_archive", "3")
+    ]
+
+
 async def test_a_partitioned_tables_size_is_its_partitions(pg16, make_database):
     url = make_database(pg16)
     prepare(url, TENANT, OTHER)

@@ -190,6 +190,10 @@ def examples() -> Mapping[str, Facts]:
         "virtual_column": facts(
             table("documents", columns=(column("id"), column("tenant_id"), virtual)), target={"server": old}
         ),
+        "not_null_not_valid": facts(
+            table("documents", columns=(replace(column("id"), unproven="id_given"), column("tenant_id"))),
+            target={"server": old},
+        ),
         "schema_in_literal": facts(source={"functions_with_literals": ("core_dms.purge()",)}),
         "foreign_key_cycle": facts(
             table("documents"), table("folders"), foreign_keys=[INSIDE, key("folders", "documents")]
