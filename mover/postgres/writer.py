@@ -8,48 +8,21 @@ Every transaction locks the owner row first, so that a daemon that lost its leas
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
-from itertools import groupby, pairwise
 from typing import Any
 
 import psycopg
-from psycopg import sql
 
-from mover.core.changes import (
-    Change,
-    Delete,
-    Insert,
-    Rehomed,
-    Relation,
-    Row,
-    RowChange,
-    Truncated,
-    Update,
-)
-from mover.core.compaction import NeedsOrder, NetRows, NetTable, compact, net_rows, parts
 from mover.core.copying import CopiedRanges, Key
-from mover.core.errors import ApplyConflict, PlanOutdated, SchemaChanged, TableUnfit, Where
 from mover.core.ids import Lsn, Side, TableRef, TenantId
-from mover.core.membership import Membership, Values, owning, questions
-from mover.core.presence import Missing, keys_of, on_target
 from mover.core.snapshot import Snapshot
-from mover.core.tables import MovedTable, Shape
-from mover.ports import ConsistentPoint
+from mover.core.tables import Shape
 from mover.postgres import owner, roles
+from mover.postgres.apply import Transaction
 from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
-from mover.postgres.layout import Layout, groups_of, row_blocks, stage_blocks, touched
-from mover.postgres.merge import Merge
-from mover.postgres.owned import OwnedRows
-
-# Up to here single statements in one network turn are quicker than staging.
-SMALL_BATCH = 200
-# What single statements may hold in libpq's buffers at a time.
-TURN_CHANGES, TURN_BYTES = 500, 1 << 20
-MAX_DIRTY_KEYS = 300_000
-_CONFLICTS = ("23",)  # class 23: integrity constraint violation
+from mover.postgres.moved import MovedTables
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
@@ -61,19 +34,7 @@ class Writer:
         self, database: Database, shape: Shape, tenant: TenantId, identity: Identity, conn: Connection
     ) -> None:
         self._database, self._identity, self._conn = database, identity, conn
-        self.tenant = tenant
-        self.careful, self._own_target = Side.TARGET in shape.careful, shape.fresh
-        self._tenant_text = str(tenant).encode()
-        self._schemas = shape.schemas
-        self._merges = {t.source: Merge(t, n, tenant) for n, t in enumerate(shape.tables)}
-        self._order = {ref: number for number, ref in enumerate(self._merges)}
-        self.moves_by_copy = {ref for ref, merge in self._merges.items() if merge.moves_by_copy}
-        self.keyless = frozenset(t.source for t in shape.tables if not t.key)
-        self.owned = OwnedRows(owning(shape.tables), tenant, self.copied, self.touch)
-        self._layouts: dict[int, Layout] = {}
-        self._copied: Mapping[TableRef, CopiedRanges] = {}
-        self._dirty: dict[TableRef, set[Key]] | None = None
-        self._dirty_count = 0
+        self._tables, self._own_target = MovedTables(shape, tenant), shape.fresh
 
     @classmethod
     @asynccontextmanager
@@ -88,7 +49,7 @@ class Writer:
         }
         async with database.connect("apply", **settings) as conn:
             writer = cls(database, shape, tenant, identity, conn)
-            for merge in writer._merges.values():
+            for merge in writer._tables.merges.values():
                 if merge.can_stage:
                     await conn.execute(merge.create_stage)
             yield writer
@@ -99,8 +60,8 @@ class Writer:
             stack.enter_context(translate(self._database.label))
             await stack.enter_async_context(self._conn.transaction())
             await owner.hold(self._conn, self._identity)
-            forces = roles.Forces(self._conn, own_target=self._own_target) if self.careful else None
-            yield Transaction(self, self._conn, self._identity, forces)
+            forces = roles.Forces(self._conn, own_target=self._own_target) if self._tables.careful else None
+            yield Transaction(self._tables, self._conn, self._identity, forces)
             if forces is not None:
                 await forces.put_back()
 
@@ -113,474 +74,13 @@ class Writer:
         return Lsn.parse(row[0]), Snapshot.parse(row[1]) if row[1] else None
 
     def set_copied(self, ranges: Mapping[TableRef, CopiedRanges]) -> None:
-        self._copied = ranges
+        self._tables.set_copied(ranges)
 
     def collect_dirty(self) -> None:
-        self._dirty, self._dirty_count = {}, 0
+        self._tables.collect_dirty()
 
     def dirty(self) -> Mapping[TableRef, frozenset[Key]] | None:
-        if self._dirty is None:
-            return None
-        return {table: frozenset(keys) for table, keys in self._dirty.items()}
-
-    def mapped(self, table: TableRef) -> TableRef:
-        """The target's name of a table of the moved schemas."""
-        return TableRef(self._schemas.get(table.schema, table.schema), table.name)
-
-    def merge(self, table: TableRef) -> Merge:
-        return self._merges[table]
-
-    def order(self, table: TableRef) -> int:
-        """Parents first."""
-        return self._order[table]
-
-    def in_parts(self, changes: Sequence[Change]) -> Iterator[Truncated | list[RowChange | Rehomed]]:
-        """The changes in order; tables that were truncated together, where foreign keys are in force,
-        children first."""
-        for truncated, group in groupby(parts(changes), lambda part: isinstance(part, Truncated)):
-            if truncated and self.careful:
-                yield from sorted(group, key=self._last_parents)
-            else:
-                yield from group
-
-    def _last_parents(self, part: Truncated | list[RowChange | Rehomed]) -> int:
-        return -self._order.get(part.table, 0) if isinstance(part, Truncated) else 0
-
-    def target_tables(self, changes: Sequence[Change]) -> set[TableRef]:
-        """Those that the changes may touch, on the target."""
-        tables = {
-            change.table if isinstance(change, (Truncated, Rehomed)) else change.relation.table
-            for change in changes
-        }
-        below = {further for table in tables for further in self.owned.below(table)}
-        return {self.mapped(table) for table in tables | below}
-
-    def layout(self, relation: Relation) -> Layout:
-        """How the stream's rows of `relation` map to the planned table. Raises SchemaChanged.
-
-        A column that the target has followed is not there yet in what was written before it came."""
-        found = self._layouts.get(relation.oid)
-        if found is None or found.relation is not relation:
-            merge = self._merges.get(relation.table)
-            if (
-                merge is None
-                or not _fits(relation, merge.table)
-                or (found is not None and _has_other_types(relation, found.relation))
-            ):
-                raise PlanOutdated(
-                    f"{relation.table} has other columns now than when the migration was planned",
-                    where=Where(table=relation.table),
-                )
-            if relation.table in self.keyless and relation.identity != "f":
-                raise SchemaChanged(
-                    f"{relation.table} has no key, and its replica identity is not FULL any more",
-                    where=Where(table=relation.table),
-                    hint=f"ALTER TABLE {relation.table} REPLICA IDENTITY FULL; cancel and start again.",
-                )
-            found = self._layouts[relation.oid] = Layout(relation, merge)
-        return found
-
-    def copied(self, table: TableRef) -> CopiedRanges:
-        return self._copied.get(table, _NOTHING)
-
-    def wanted(self, changes: Sequence[RowChange | Rehomed]) -> list[RowChange | Rehomed]:
-        """The changes of tables of which anything is here yet.
-
-        The publication's filter has seen to the tenant; a foreign row must not pass all the same."""
-        wanted: list[RowChange | Rehomed] = []
-        relation: Relation | None = None
-        for change in changes:
-            if isinstance(change, Rehomed):
-                wanted.append(change)
-                continue
-            if change.relation is not relation:
-                relation = change.relation
-                # Only then the stream's description has to fit the plan: what came before a table is
-                # copied anew may describe it as it was.
-                is_here = not self.copied(relation.table).nothing
-                layout = self.layout(relation) if is_here else None
-            if layout is None:
-                continue
-            old = None if isinstance(change, Insert) else change.old
-            if old is not None and not layout.identifies(old):
-                raise TableUnfit(
-                    f"a change of {relation.table} came without the row's key: the replica identity of the"
-                    " table, or of a partition, does not cover it",
-                    where=Where(table=relation.table),
-                    hint="Give it the replica identity back that it had, and resume: it is copied anew.",
-                )
-            row = change.old if isinstance(change, Delete) else change.new
-            if layout.tenant_at is not None and row[layout.tenant_at] != self._tenant_text:
-                raise ApplyConflict(
-                    f"the stream carried a row of {relation.table} that is not the tenant's",
-                    where=Where(table=relation.table),
-                    hint="Look for other publications or a changed row filter on the source.",
-                )
-            wanted.append(change)
-        return wanted
-
-    @property
-    def collects_dirty(self) -> bool:
-        return self._dirty is not None
-
-    def touch(self, table: TableRef, keys: Collection[Key]) -> None:
-        """Remember changed keys, as long as they are not too many."""
-        if self._dirty is None:
-            return
-        known = self._dirty.setdefault(table, set())
-        self._dirty_count -= len(known)
-        known.update(keys)
-        self._dirty_count += len(known)
-        if self._dirty_count > MAX_DIRTY_KEYS:
-            self.touch_everything()
-
-    def touch_everything(self) -> None:
-        self._dirty = None
+        return self._tables.dirty()
 
 
-class Transaction:
-    """Implements ports.ApplyTransaction."""
-
-    def __init__(
-        self, writer: Writer, conn: Connection, identity: Identity, forces: roles.Forces | None
-    ) -> None:
-        self._writer, self._conn, self._identity, self._forces = writer, conn, identity, forces
-        self._missing: Missing = {}
-        self._rehomed: Values = {}
-        self._awaited: Values = {}
-
-    async def advance(self, applied: Lsn, snapshot: Snapshot | None) -> None:
-        facts = {
-            "migration": self._identity.migration,
-            "lsn": str(applied),
-            "snapshot": str(snapshot) if snapshot else None,
-        }
-        await self._conn.execute(_ADVANCE, facts)
-
-    async def apply(self, changes: Sequence[Change], ends: Sequence[int] = ()) -> None:
-        if self._forces is None:
-            return await self._apply(changes)
-        await self._forces.leave_out(self._writer.target_tables(changes))
-        missing = {table: set(keys) for table, keys in self._missing.items()}
-        if len(ends) > 1 and await self._tried(self._apply(changes)):
-            return
-        self._missing = missing
-        # What each transaction of the source needs to get past the foreign keys may not fit the others.
-        for begin, end in pairwise([0, *ends] if ends else [0, len(changes)]):
-            part, missing = changes[begin:end], {table: set(keys) for table, keys in self._missing.items()}
-            if await self._tried(self._apply(part)):
-                continue
-            self._missing = missing
-            await self._forces.postpone_checks()
-            await self._apply(part)
-
-    async def _apply(self, changes: Sequence[Change]) -> None:
-        for part in self._writer.in_parts(changes):
-            if isinstance(part, Truncated):
-                await self._truncate(part)
-            else:
-                await self._apply_part(await self._tenants(self._writer.wanted(part)))
-
-    @property
-    def is_missing_rows(self) -> bool:
-        return any(self._missing.values()) or bool(self._rehomed)
-
-    async def fetch_missing(self, point: ConsistentPoint) -> None:
-        owned = self._writer.owned
-        await owned.read_again(self._conn, point, self._rehomed)
-        for ref in sorted(self._missing, key=self._writer.order):
-            table, keys = self._writer.merge(ref).table, self._missing[ref]
-            self._writer.touch(ref, keys)
-            if self._rehomed and table.owners:
-                await owned.remove(self._conn, table, table.key, keys)
-            await owned.fetch(self._conn, point, table, table.key, keys)
-        self._missing.clear()
-        self._rehomed.clear()
-
-    async def _tenants(self, changes: list[RowChange | Rehomed]) -> list[RowChange]:
-        """The tenant's changes, with those of owned tables."""
-        owned = self._writer.owned
-        if not owned.tables:
-            return [change for change in changes if not isinstance(change, Rehomed)]
-        asked = questions(changes, owned.tables, self._key_of)
-        keys, values = await owned.known(self._conn, asked)
-        membership = Membership(owned.tables, self._key_of, keys, values, self._rehomed, self._awaited)
-        tenants = list(membership.tenants(changes))
-        self._rehomed = {r: found for r, found in self._rehomed.items() if owned.concerns(r)}
-        return tenants
-
-    async def _truncate(self, truncated: Truncated) -> None:
-        table = truncated.table
-        if self._writer.copied(table).nothing:
-            return
-        self._writer.touch_everything()
-        if truncated.partition is not None:
-            return await self._truncate_partition(table, truncated.partition)
-        for emptied in (*self._writer.owned.below(table), table):
-            self._missing.pop(emptied, None)
-            await self._conn.execute(self._writer.merge(emptied).delete_all)
-
-    async def _truncate_partition(self, table: TableRef, partition: TableRef) -> None:
-        """The tenant's rows of the target's partition of that name, which takes the same rows while the two
-        sides' schemas are the same; rows that stood elsewhere on the source are found by verification."""
-        merge = self._writer.merge(table)
-        there = self._writer.mapped(partition)
-        names = {"partition": _quoted(there), "table": _quoted(merge.table.target)}
-        row = await (await self._conn.execute(_IS_PARTITION, names)).fetchone()
-        if row is None or not row[0]:
-            raise SchemaChanged(
-                f"{partition} was truncated on the source, and is no partition of {table} on the target",
-                where=Where(table=table),
-                hint="Create the partition on the target and resume, or cancel and start again.",
-            )
-        await self._conn.execute(merge.delete_partition(there))
-
-    async def _apply_part(self, changes: list[RowChange]) -> None:
-        """The net effect on tables without a key is always known. Nothing refers to their rows: they go
-        before their parents do, and come after them."""
-        keyless = self._writer.keyless
-        nets = [*net_rows(change for change in changes if change.relation.table in keyless)]
-        last = {net.relation.table: net for net in nets}
-        for net in nets:
-            await self._delete_rows(net)
-            if net is not last[net.relation.table]:
-                await self._insert_rows(net)
-        await self._apply_rows([change for change in changes if change.relation.table not in keyless])
-        for net in last.values():
-            await self._insert_rows(net)
-
-    async def _delete_rows(self, net: NetRows) -> None:
-        layout = self._writer.layout(net.relation)
-        merge = layout.merge
-        self._writer.touch(net.relation.table, [()])
-        if net.deletes:
-            await self._copy_lines(merge.copy_lines(layout.names, staged=True), net.deletes)
-            cursor = await self._conn.execute(merge.delete_equal_staged)
-            if cursor.rowcount != len(net.deletes) and (net.inserts or not self._writer.careful):
-                raise _no_row(net.relation.table)
-            await self._conn.execute(merge.clear_stage)
-
-    async def _insert_rows(self, net: NetRows) -> None:
-        layout = self._writer.layout(net.relation)
-        if net.inserts:
-            await self._copy_lines(layout.merge.copy_lines(layout.names, staged=False), net.inserts)
-
-    async def _copy_lines(self, statement: sql.Composed, rows: list[Row]) -> None:
-        async with self._conn.cursor() as cursor, cursor.copy(statement) as copy:
-            for block in row_blocks(rows):
-                await copy.write(block)
-
-    async def _apply_rows(self, changes: list[RowChange]) -> None:
-        """As sets where that is quicker and possible, otherwise in source order."""
-        is_fitted = len(changes) <= SMALL_BATCH or self.is_missing_rows or not self._are_whole(changes)
-        if is_fitted:
-            changes = await self._fit(changes)
-        if is_large := len(changes) > SMALL_BATCH:
-            if await self._as_sets(changes):
-                return
-        if not is_fitted:
-            changes = await self._fit(changes)
-        if not self._writer.careful:
-            await self._replay(changes)
-        elif not await self._tried(self._replay(changes)) and (is_large or not await self._as_sets(changes)):
-            await self._replay_runs(changes)
-
-    async def _replay(self, changes: list[RowChange]) -> None:
-        for turn in _turns(changes):
-            await self._in_order(turn)
-
-    async def _replay_runs(self, changes: list[RowChange]) -> None:
-        """In source order, but what one statement may have done to many rows in one statement: foreign keys
-        are checked behind it."""
-        for _, run in groupby(changes, lambda change: (change.relation.table, type(change))):
-            rows = list(run)
-            if len(rows) == 1 or not await self._as_sets(rows):
-                await self._replay(rows)
-
-    def _are_whole(self, changes: list[RowChange]) -> bool:
-        relations = {id(change.relation): change.relation for change in changes}
-        return all(self._writer.copied(relation.table).everything for relation in relations.values())
-
-    async def _fit(self, changes: list[RowChange]) -> list[RowChange]:
-        """The changes as this target has to make them, each exactly one row. Once per change only."""
-        keys: dict[TableRef, set[Key]] = {}
-        for change in changes:
-            table = change.relation.table
-            if not self._writer.copied(table).everything:
-                keys.setdefault(table, set()).update(keys_of(change, self._key_of))
-        copied = {table: await self._inside(table, list(found)) for table, found in keys.items()}
-        fitted = on_target(changes, self._key_of, copied, self._missing, self._writer.moves_by_copy)
-        return list(fitted)
-
-    def _key_of(self, relation: Relation, row: Row) -> Key:
-        return self._writer.layout(relation).key(row)
-
-    async def _inside(self, table: TableRef, keys: list[Key]) -> set[Key]:
-        """Those of `keys` that are in the copied ranges: only the server knows their order."""
-        statement = self._writer.merge(table).inside(self._writer.copied(table))
-        async with psycopg.AsyncRawCursor(self._conn) as cursor:
-            await cursor.execute(statement, [list(column) for column in zip(*keys, strict=True)])
-            return {keys[number - 1] for (number,) in await cursor.fetchall()}
-
-    async def _as_sets(self, changes: list[RowChange]) -> bool:
-        """False when the batch has to be replayed in source order; then nothing has happened."""
-        try:
-            net = compact(changes, lambda relation: self._writer.layout(relation).key_at)
-        except NeedsOrder:
-            return False
-        if not all(self._writer.merge(table).can_stage for table in net):
-            return False
-        return await self._tried(self._merge_all(net))
-
-    async def _tried(self, work: Awaitable[None]) -> bool:
-        """False when the rows did not let it happen; then nothing has happened."""
-        try:
-            async with self._conn.transaction():  # a savepoint
-                await work
-        except (_Mismatch, ApplyConflict):
-            return False
-        except psycopg.Error as error:
-            if not (error.sqlstate or "").startswith(_CONFLICTS):
-                raise
-            return False
-        return True
-
-    async def _merge_all(self, net: Mapping[TableRef, NetTable]) -> None:
-        order = self._writer.order
-        tables = [net[table] for table in sorted(net, key=order)]
-        merging = [await self._stage(table) for table in tables]
-        # Deletes first: they free unique values. Where foreign keys are in force, parents come first and go
-        # last, when nothing refers to them any more on which an action could act.
-        if self._writer.careful:
-            steps = [s for m in merging for s in m.inserts] + [s for m in merging for s in m.updates]
-            gone = [s for m in reversed(merging) for s in m.deletes]
-        else:
-            steps, gone = [s for m in merging for s in (*m.deletes, *m.updates, *m.inserts)], []
-        async with self._conn.cursor() as cursor:
-            for statement, expected in steps:
-                await cursor.execute(statement)
-                if cursor.rowcount != expected:
-                    raise _Mismatch
-            for statement, _ in gone:  # a foreign key's action may have been here before
-                await cursor.execute(statement)
-            for table in tables:
-                await cursor.execute(self._writer.merge(table.relation.table).clear_stage)
-
-    async def _stage(self, net: NetTable) -> _Steps:
-        layout = self._writer.layout(net.relation)
-        merge = layout.merge
-        if self._writer.collects_dirty:
-            self._writer.touch(net.relation.table, touched(layout, net))
-        groups = groups_of(net)
-        async with self._conn.cursor() as cursor, cursor.copy(merge.copy_stage(layout.names)) as copy:
-            for block in stage_blocks(net, groups):
-                await copy.write(block)
-        steps = _Steps()
-        if net.deletes:
-            steps.deletes.append((merge.delete_staged, len(net.deletes)))
-        for number, (unsent, keys) in enumerate(groups.items()):
-            sent = tuple(name for at, name in enumerate(layout.names) if at not in unsent)
-            if merge.assigned(sent):
-                steps.updates.append((merge.update_staged(sent, number), len(keys)))
-        if net.inserts:
-            steps.inserts.append((merge.insert_staged(layout.names), len(net.inserts)))
-        return steps
-
-    async def _in_order(self, changes: list[RowChange]) -> None:
-        """Single statements, all sent before the last answers are read."""
-        sent: list[tuple[RowChange, psycopg.AsyncRawCursor[tuple[Any, ...]]]] = []
-        async with self._conn.pipeline():
-            for change in changes:
-                statement, parameters = self._statement(change)
-                if statement is not None:
-                    cursor = psycopg.AsyncRawCursor(self._conn)
-                    await cursor.execute(statement, parameters)
-                    sent.append((change, cursor))
-        for change, cursor in sent:
-            if cursor.rowcount != 1 and not (self._writer.careful and isinstance(change, Delete)):
-                raise _no_row(change.relation.table)
-
-    def _statement(self, change: RowChange) -> tuple[bytes | None, Sequence[str | None]]:
-        layout = self._writer.layout(change.relation)
-        merge = layout.merge
-        if self._writer.collects_dirty:
-            self._writer.touch(change.relation.table, keys_of(change, self._key_of))
-        match change:
-            case Insert(_, new):
-                return merge.insert_one(layout.names), layout.values(new, layout.names)
-            case Delete(_, old):
-                return merge.delete_one, layout.key(old)
-            case Update(_, old, new):
-                names = layout.sent(new)
-                if not merge.assigned(names):
-                    return None, ()
-                values = layout.values(new, merge.used_by_update(names))
-                if old is not None and self._writer.careful:
-                    return merge.update_moved(names), [*values, *layout.key(old), *layout.key(new)]
-                return merge.update_one(names), [*values, *layout.key(new if old is None else old)]
-
-
-@dataclass(slots=True)
-class _Steps:
-    """Set statements, each with the number of rows that it has to touch."""
-
-    deletes: list[tuple[sql.Composed, int]] = field(default_factory=list)
-    updates: list[tuple[sql.Composed, int]] = field(default_factory=list)
-    inserts: list[tuple[sql.Composed, int]] = field(default_factory=list)
-
-
-class _Mismatch(Exception):
-    """A set statement did not touch as many rows as were staged."""
-
-
-def _no_row(table: TableRef) -> ApplyConflict:
-    return ApplyConflict(
-        f"a change of {table} found no row of the tenant on the target",
-        where=Where(table=table),
-        hint="Somebody wrote to the tenant's rows on the target; cancel and start again.",
-    )
-
-
-def _turns(changes: list[RowChange]) -> Iterator[list[RowChange]]:
-    """The changes cut so that a turn's statements stay small enough to be sent at once."""
-    turn: list[RowChange] = []
-    size = 0
-    for change in changes:
-        turn.append(change)
-        row = change.old if isinstance(change, Delete) else change.new
-        size += sum(len(value) for value in row if isinstance(value, bytes))
-        if len(turn) >= TURN_CHANGES or size >= TURN_BYTES:
-            yield turn
-            turn, size = [], 0
-    if turn:
-        yield turn
-
-
-def _quoted(table: TableRef) -> str:
-    return sql.Identifier(table.schema, table.name).as_string(None)
-
-
-def _fits(relation: Relation, table: MovedTable) -> bool:
-    """Whether all its columns are planned, and those that it lacks may be NULL."""
-    names = {c.name for c in relation.columns}
-    return names <= {c.name for c in table.copied} and all(
-        c.name in names or not (c.not_null or c.name in table.key) for c in table.copied
-    )
-
-
-def _has_other_types(relation: Relation, before: Relation) -> bool:
-    """In a column that both have."""
-    known = {c.name: (c.type_oid, c.type_modifier) for c in before.columns}
-    return any((c.type_oid, c.type_modifier) != known[c.name] for c in relation.columns if c.name in known)
-
-
-_NOTHING = CopiedRanges(())
-_IS_PARTITION = "SELECT pg_partition_root(to_regclass(%(partition)s)) = to_regclass(%(table)s)"
 _READ_PROGRESS = "SELECT applied_lsn::text, snapshot FROM mover.progress WHERE migration = %s"
-# Never moves backwards: a replayed batch leaves the row as it was.
-_ADVANCE = """
-INSERT INTO mover.progress AS p (migration, applied_lsn, snapshot)
-VALUES (%(migration)s, %(lsn)s, %(snapshot)s)
-ON CONFLICT (migration) DO UPDATE
-   SET applied_lsn = greatest(p.applied_lsn, excluded.applied_lsn), snapshot = excluded.snapshot
-"""

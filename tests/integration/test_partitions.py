@@ -21,7 +21,7 @@ from mover.core.migration import Place
 from mover.core.secret import Secret
 from mover.core.tables import Holding
 from mover.engine.preflight import judge
-from mover.postgres import catalog, clone, removal, writer
+from mover.postgres import catalog, clone, removal
 from mover.postgres.connect import Database
 from mover.postgres.facts import gather
 from mover.postgres.fence import PgFence
@@ -440,7 +440,7 @@ MOVES = (
 
 @pytest.mark.parametrize("small_batch", [0, 10**9], ids=["sets", "in order"])
 async def test_rows_that_change_partition_arrive_once(pair, small_batch, monkeypatch):
-    monkeypatch.setattr(writer, "SMALL_BATCH", small_batch)
+    monkeypatch.setattr("mover.postgres.apply.SMALL_BATCH", small_batch)
     async with moving(pair) as r:
         await r.copy().run()
         assert await expect_equal(r) == 730

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from mover.core.ids import TableRef
 from mover.core.tables import Column, MovedTable
-from mover.postgres import writer
 from mover.postgres.digests import verify_databases
 from tests.conftest import Pair
 from tests.support import values
@@ -279,7 +278,7 @@ def binary(conn: psycopg.Connection, column: int) -> bytes:
 @pytest.mark.parametrize("key", [("id",), ()], ids=["with a key", "without a key"])
 @pytest.mark.parametrize("small_batch", [0, 200])
 async def test_as_many_columns_as_a_table_can_have(pg16, make_database, key, small_batch, monkeypatch):
-    monkeypatch.setattr(writer, "SMALL_BATCH", small_batch)
+    monkeypatch.setattr("mover.postgres.apply.SMALL_BATCH", small_batch)
     names = [f"column_{n}" for n in range(1598)]
     columns = (
         Column("tenant_id", "uuid", "uuid", not_null=True),

@@ -27,7 +27,7 @@ from mover.core.errors import ApplyConflict, LeaseLost, MoverError, SchemaChange
 from mover.core.ids import Epoch, Lsn, MigrationId, TableRef
 from mover.core.secret import Secret
 from mover.core.tables import Column, MovedTable, Shape
-from mover.postgres import agent, owner, writer
+from mover.postgres import agent, owner
 from mover.postgres.connect import Database, Identity
 from mover.postgres.writer import Writer
 from tests.support.histories import histories
@@ -50,7 +50,7 @@ def way_of_applying(request, monkeypatch) -> None:
     """How many changes are a small batch decides the way."""
     way = request.node.callspec.params.get("way") if hasattr(request.node, "callspec") else None
     if way is not None:
-        monkeypatch.setattr(writer, "SMALL_BATCH", 0 if way == "as sets" else 1_000_000)
+        monkeypatch.setattr("mover.postgres.apply.SMALL_BATCH", 0 if way == "as sets" else 1_000_000)
 
 
 def table(*columns: Column, key: tuple[str, ...] = ("id",)) -> MovedTable:
@@ -119,7 +119,7 @@ def ours(*rows: tuple) -> list:
 @given(history=histories(truncating=True))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_both_ways_do_what_the_changes_say(small_batch, history, shared_url, monkeypatch):
-    monkeypatch.setattr(writer, "SMALL_BATCH", small_batch)
+    monkeypatch.setattr("mover.postgres.apply.SMALL_BATCH", small_batch)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(replay(shared_url, history))
     rows = [(key, *row[1:]) for key, row in sorted(history.after.items())]
@@ -395,7 +395,7 @@ async def test_changed_keys_are_remembered_from_when_it_is_asked_for(url, way, m
         await apply(to, Truncated(REF))
         assert to.dirty() is None
         to.collect_dirty()
-        monkeypatch.setattr(writer, "MAX_DIRTY_KEYS", 2)
+        monkeypatch.setattr("mover.postgres.moved.MAX_DIRTY_KEYS", 2)
         await apply(to, *(insert(n, "x", None) for n in range(10, 13)))
         assert to.dirty() is None
 
@@ -434,7 +434,7 @@ async def test_progress_is_part_of_the_transaction_and_never_goes_back(url):
 
 
 async def test_large_rows_in_source_order_go_out_in_small_turns(url, monkeypatch):
-    monkeypatch.setattr(writer, "SMALL_BATCH", 1_000_000)
+    monkeypatch.setattr("mover.postgres.apply.SMALL_BATCH", 1_000_000)
     async with writing(url) as to:
         await apply(to, *(insert(n, "x" * 400_000, n) for n in range(20)))
     assert execute(url, "SELECT count(*), sum(length(big)) FROM app.item") == [(20, 8_000_000)]
