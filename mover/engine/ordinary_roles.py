@@ -74,6 +74,14 @@ def _on_target(facts: Facts, classes: Classes, fresh: bool) -> Iterator[Finding]
                     f"Make it again, on both sides, with {_WHEN}, or {grant}",
                     table=twin.ref,
                 )
+    for relation in filter(classes.is_owned, classes.moved):
+        yield Finding(
+            "owned_rows_checked",
+            f"rows of {relation.ref} are the tenant's by foreign keys, whose actions on the target would get"
+            " in the way of those that come and go with their owners",
+            f"Give it the column {facts.tenancy.column}, or {grant}",
+            table=relation.ref,
+        )
     _, cycle = parents_first(classes.moved, facts.source.foreign_keys)
     if cycle and not fresh:
         yield Finding(

@@ -10,7 +10,6 @@ import pytest
 
 from tests.support import binders
 from tests.support.acceptance import CORE, ESTATE, at, holding_off, killed
-from tests.support.ordinary_roles import ordinary_roles
 
 
 def prepare(scene, *, shared: bool) -> None:
@@ -90,18 +89,3 @@ async def test_cancelling_leaves_no_owned_rows_behind(make_scene, pg16, pg18):
     with psycopg.connect(scene.homes[ESTATE].url) as target:
         assert not any(binders.rows_of(target, "realestate_dms", scene.tenant).values())
     watch.check_undone("cancelled")
-
-
-async def test_owned_rows_move_by_ordinary_roles(make_scene, pg16, pg18):
-    """Foreign keys, with their actions, are in force on the target."""
-    scene = make_scene(pg16, pg18)
-    prepare(scene, shared=False)
-    watch = scene.watch()
-    with ordinary_roles(scene) as roles:
-        async with killed(roles.stage()) as stage, changing(scene):
-            await stage.start()
-            await watch.submit(stage)
-            await watch.until("monitoring", "completed")
-            watch.take_others()
-            await watch.until("completed")
-    check_moved(scene, watch)

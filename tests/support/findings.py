@@ -107,6 +107,9 @@ def examples() -> Mapping[str, Facts]:
         ),
         "trigger_fires_twice": facts(target=shared(triggers=(TriggerFacts("touch", False, "O"),))),
         "rule": facts(target=shared(rules=(TriggerFacts("keep", True, "O"),))),
+        "owned_rows_checked": facts(
+            table("documents"), note, foreign_keys=[key("notes", "documents")], target=shared()
+        ),
         "foreign_key_cycle_checked": facts(
             table("documents"),
             table("folders"),
