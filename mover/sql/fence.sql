@@ -112,12 +112,14 @@ $rehome$;
 -- Whether a row with these values is the tenant's: looked up in the rows that it refers to, as they are now,
 -- which is why it is VOLATILE. Where the transaction sees older rows, they are locked: had one changed its
 -- tenant since, the transaction fails rather than being fooled. Depends on the columns, not on their names.
+-- A trigger's condition is evaluated with the rights of whoever writes, and defaults may leave out PUBLIC.
 CREATE OR REPLACE FUNCTION mover.{owned_function}({parameters}) RETURNS boolean
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT CASE WHEN current_setting('transaction_isolation') = 'read committed' THEN {owned}
                 ELSE {owned_locked} END;
-END
+END;
+GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}) TO PUBLIC
 
 -- name: owned_functions
 -- The functions of this place that look owners up.

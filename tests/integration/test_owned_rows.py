@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack, asynccontextmanager
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -189,3 +190,14 @@ async def test_everything_of_the_guards_goes(pair):
         functions = "select count(*) from pg_proc where pronamespace = 'mover'::regnamespace"
         triggers = "select count(*) from pg_trigger where tgname like 'mover%'"
         assert execute(pair.source, functions) == execute(pair.source, triggers) == [(0,)]
+
+
+async def test_an_application_without_rights_of_ours_writes_owned_rows(pair):
+    role = f"app_{uuid4().hex[:8]}"
+    execute(pair.source, "alter default privileges revoke execute on functions from public")
+    async with owned_rig(pair, binders_per_tenant=2):
+        with psycopg.connect(pair.source) as conn:
+            conn.execute(f"create role {role}; grant usage on schema app to {role}")
+            conn.execute(f"grant select, update on all tables in schema app to {role}; set local role {role}")
+            assert conn.execute("update app.sheets set place = 3").rowcount == 24
+            conn.rollback()
