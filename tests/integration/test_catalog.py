@@ -375,3 +375,54 @@ async def test_a_server_that_is_down_is_unreachable(sides):
     down = Database(Secret("postgresql://postgres@127.0.0.1:1/x"), "target")
     with pytest.raises(Unreachable, match="target"):
         await facts_of(sides[0], down)
+
+
+OWNED = """
+create table core_dms.pages (id int primary key, document bigint not null references core_dms.documents);
+insert into core_dms.pages select id * 10 + n, id from core_dms.documents, generate_series(1, 3) n;
+create table core_dms.stamps (id int primary key, page int references core_dms.pages,
+                              document bigint references core_dms.documents);
+insert into core_dms.stamps select id, id, null from core_dms.pages;
+insert into core_dms.stamps values (-1, null, null), (-2, null, null);
+analyze core_dms.pages, core_dms.stamps, core_dms.documents;
+"""
+
+
+async def test_owned_tables_are_planned_behind_their_owners(sides):
+    run(sides[0], OWNED)
+    plan = await plan_of(*sides)
+    assert codes(plan) == []
+    tables = {t.source.name: t for t in plan.shape.tables}
+    assert [name for name in tables if name in ("documents", "pages", "stamps")] == [
+        "documents",
+        "pages",
+        "stamps",
+    ]
+    assert (tables["pages"].estimated_rows, tables["stamps"].estimated_rows) == (60, 60)
+    assert {owner.source.name for owner in tables["stamps"].owners} == {"pages", "documents"}
+    assert {plan.classes[f"core_dms.{name}"] for name in ("pages", "stamps")} == {"owned"}
+    (orphans,) = [f.message for f in plan.findings if f.code == "orphans"]
+    assert orphans.startswith("2 rows of core_dms.stamps")
+
+
+async def test_what_an_owned_table_holds_is_estimated_where_it_cannot_be_counted(sides, monkeypatch):
+    async def too_slow(*_):
+        return None
+
+    run(sides[0], OWNED)
+    monkeypatch.setattr("mover.postgres.facts._Server.bounded", too_slow)
+    rows = (await facts_of(*sides)).rows[TableRef("core_dms", "pages")]
+    assert not rows.exact
+    assert 0 < rows.rows <= 180
+
+
+async def test_an_owned_row_that_is_two_tenants_is_refused(sides):
+    run(sides[0], OWNED)
+    run(
+        sides[0],
+        f"insert into core_dms.stamps values (-3, (select min(p.id) from core_dms.pages p join"
+        f" core_dms.documents d on d.id = p.document where d.tenant_id <> '{TENANT}'),"
+        f" (select min(id) from core_dms.documents where tenant_id = '{TENANT}'))",
+    )
+    plan = await plan_of(*sides)
+    assert codes(plan) == ["cross_tenant_reference"]

@@ -8,8 +8,10 @@ from uuid import uuid4
 import psycopg
 import pytest
 
+from mover.compare import Question, compare
 from mover.core.facts import Facts, Tenancy
 from mover.core.ids import Side
+from mover.core.secret import Secret
 from mover.core.tables import Shape
 from mover.engine.preflight import judge_again
 from mover.postgres import catalog, identity
@@ -201,3 +203,25 @@ async def test_an_application_without_rights_of_ours_writes_owned_rows(pair):
             conn.execute(f"grant select, update on all tables in schema app to {role}; set local role {role}")
             assert conn.execute("update app.sheets set place = 3").rowcount == 24
             conn.rollback()
+
+
+class Uncounted:
+    """A compare.Counter that nobody looks at."""
+
+    def expect(self, rows: int) -> None: ...
+
+    def compared(self, rows: int) -> None: ...
+
+
+async def test_verify_compares_owned_rows_without_a_plan(pair):
+    question = Question(
+        TENANT, Secret(pair.source), Secret(pair.target), {"app": "app"}, Tenancy("tenant_id")
+    )
+    async with owned_rig(pair, binders_per_tenant=2) as r, r.following():
+        await r.copy().run()
+        found = await compare(question, Uncounted())
+        assert found.equal
+        assert {t.source.name for t in found.pairing.tables} == set(binders.TABLES)
+        execute(pair.target, "update app.marks set weight = -1 where kind = 'red'")
+        found = await compare(question, Uncounted())
+        assert [str(m.table) for m in found.verdict.mismatches] == ["app.marks"]
