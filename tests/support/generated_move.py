@@ -25,7 +25,7 @@ from mover.demo.servers import Cluster
 from mover.engine import daemon, move
 from mover.engine.daemon import Work
 from mover.metrics import Metrics
-from mover.postgres import bulk, writer
+from mover.postgres import apply, bulk
 from mover.postgres.platform_pool import PlatformPool
 from mover.postgres.store import Store
 from tests.support.drafts import TENANT, Draw, Schema
@@ -141,7 +141,7 @@ def _small_pieces(tuning: Tuning) -> Iterator[None]:
     with (
         patch.object(bulk, "MIN_CHUNK_ROWS", tuning.chunk_rows),
         patch.object(bulk, "CHUNK_BYTES", 1 if tuning.chunk_rows < 1000 else bulk.CHUNK_BYTES),
-        patch.object(writer, "SMALL_BATCH", tuning.small_batch),
+        patch.object(apply, "SMALL_BATCH", tuning.small_batch),
         patch.object(daemon, "BACKOFF_S", (0.05, 1.0)),
         patch.object(move, "CUTOVER_BACKOFF_S", (0.1, 1.0)),
     ):
