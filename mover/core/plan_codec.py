@@ -55,8 +55,8 @@ def _table(data: Mapping[str, Any]) -> MovedTable:
         "target": _ref(data["target"]),
         "columns": tuple(Column(**column) for column in data["columns"]),
         "key": tuple(data["key"]),
-        "owners": tuple(_owner(item) for item in data["owners"]),
-        "referenced": tuple(tuple(names) for names in data["referenced"]),
+        "owners": tuple(_owner(item) for item in data.get("owners", ())),
+        "referenced": tuple(tuple(names) for names in data.get("referenced", ())),
     }
     return MovedTable(**{**data, **nested})
 
@@ -67,7 +67,7 @@ def _owner(data: Mapping[str, Any]) -> Owner:
         "target": _ref(data["target"]),
         "columns": tuple(data["columns"]),
         "referenced": tuple(data["referenced"]),
-        "owners": tuple(_owner(item) for item in data["owners"]),
+        "owners": tuple(_owner(item) for item in data.get("owners", ())),
     }
     return Owner(**{**data, **nested})
 

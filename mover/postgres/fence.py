@@ -358,7 +358,7 @@ class PgFence:
             "owned_function",
             owned_function=sql.Identifier(self._owned_function(holding)),
             parameters=parameters,
-            owned=is_owned(holding, arguments, self._tenant, lock=False),
+            owned=is_owned(holding, arguments, self._tenant, lock=True),
             owned_locked=is_owned(holding, arguments, self._tenant, lock=True),
         )
         async with conn.transaction():

@@ -67,7 +67,7 @@ def _any_owner(
     is locked whether or not it does."""
     template = "EXISTS (SELECT FROM {0} AS {1} WHERE {2} AND {3})"
     if lock:
-        template = "coalesce((SELECT {3} FROM {0} AS {1} WHERE {2} FOR KEY SHARE), false)"
+        template = "coalesce((SELECT {3} FROM {0} AS {1} WHERE {2} FOR SHARE), false)"
     parts = []
     for tie in holding.ties:
         joined = sql.SQL(" AND ").join(

@@ -16,7 +16,7 @@ from psycopg import sql
 from mover.core.copying import CopiedRanges, Key
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.membership import Questions, Reference, Values, owned_through
-from mover.core.tables import MovedTable
+from mover.core.tables import Holding, MovedTable
 from mover.ports import ConsistentPoint
 from mover.postgres import holdings, ranges
 
@@ -36,11 +36,15 @@ class OwnedRows:
     async def known(self, conn: Connection, asked: Questions) -> tuple[dict[TableRef, set[Key]], Values]:
         """Of the keys and values asked for, those that rows of the tenant have."""
         keys = {
-            table: await self._there(conn, self.tables[table], self.tables[table].key, list(found))
+            table: await self._there(
+                conn, self.tables[table], self.tables[table].key, list(found), holdings.is_not_others
+            )
             for table, found in asked.keys.items()
         }
         values = {
-            (table, names): await self._there(conn, self.tables[table], names, list(found))
+            (table, names): await self._there(
+                conn, self.tables[table], names, list(found), holdings.is_tenants
+            )
             for (table, names), found in asked.values.items()
         }
         return keys, values
@@ -116,8 +120,14 @@ class OwnedRows:
         await self._each(conn, _DELETE, table, names, values)
 
     async def _there(
-        self, conn: Connection, table: MovedTable, names: tuple[str, ...], values: list[Key]
+        self,
+        conn: Connection,
+        table: MovedTable,
+        names: tuple[str, ...],
+        values: list[Key],
+        condition: Callable[[Holding, str, TenantId], sql.Composed],
     ) -> set[Key]:
+        """A row's owner may have gone earlier in the transaction: the row is the tenant's all the same."""
         columns = table.named(names)
         statement = sql.SQL(
             "SELECT {n} FROM (SELECT n AS {n}, {} FROM {}) AS s JOIN {} AS t ON ({}) = ({}) WHERE {}"
@@ -127,7 +137,7 @@ class OwnedRows:
             holdings.named(table.target),
             ranges.columns(columns, "s"),
             ranges.columns(columns, "t"),
-            holdings.is_tenants(table.holding(Side.TARGET), "t", self.tenant),
+            condition(table.holding(Side.TARGET), "t", self.tenant),
             n=sql.Identifier(table.spare("mover_n")),
         )
         async with psycopg.AsyncRawCursor(conn) as cursor:
