@@ -359,7 +359,6 @@ class PgFence:
             owned_function=sql.Identifier(self._owned_function(holding)),
             parameters=parameters,
             owned=is_owned(holding, arguments, self._tenant, lock=True),
-            owned_locked=is_owned(holding, arguments, self._tenant, lock=True),
         )
         async with conn.transaction():
             await owner.hold(conn, self._identity)

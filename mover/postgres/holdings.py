@@ -13,8 +13,8 @@ from mover.core.tables import Holding, Tie
 def is_tenants(holding: Holding, alias: str, tenant: TenantId, *, lock: bool = False) -> sql.Composed:
     """Whether the row `alias` is the tenant's; the literal takes the tenant column's type.
 
-    With `lock`, the rows that say so are locked against a change of their keys, and have to be those that
-    the transaction sees."""
+    With `lock`, the rows that say so are locked against any change, and have to be those that the
+    transaction sees."""
     if holding.tenant_column is not None:
         column = sql.Identifier(alias, holding.tenant_column)
         return sql.SQL("{} = {}").format(column, sql.Literal(str(tenant)))

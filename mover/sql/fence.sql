@@ -110,14 +110,14 @@ $rehome$;
 
 -- name: owned_function
 -- Whether a row with these values is the tenant's: looked up in the rows that it refers to, as they are now,
--- which is why it is VOLATILE. Where the transaction sees older rows, they are locked: had one changed its
--- tenant since, the transaction fails rather than being fooled. Depends on the columns, not on their names.
+-- which is why it is VOLATILE. They are locked FOR SHARE until the writer's transaction ends, so that none
+-- changes its tenant or parent under it; where the transaction sees older rows, and one has changed since, it
+-- fails rather than being fooled. Depends on the columns, not on their names.
 -- A trigger's condition is evaluated with the rights of whoever writes, and defaults may leave out PUBLIC.
 CREATE OR REPLACE FUNCTION mover.{owned_function}({parameters}) RETURNS boolean
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT CASE WHEN current_setting('transaction_isolation') = 'read committed' THEN {owned}
-                ELSE {owned_locked} END;
+    SELECT {owned};
 END;
 GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}) TO PUBLIC
 
