@@ -225,3 +225,45 @@ async def test_verify_compares_owned_rows_without_a_plan(pair):
         execute(pair.target, "update app.marks set weight = -1 where kind = 'red'")
         found = await compare(question, Uncounted())
         assert [str(m.table) for m in found.verdict.mismatches] == ["app.marks"]
+
+
+async def test_a_cascade_in_several_pieces_takes_every_child_with_it(pair, monkeypatch):
+    """The owners' deletions come first, in a piece of their own."""
+    monkeypatch.setattr("mover.postgres.replication.PIECE_BYTES", 200)
+    monkeypatch.setattr("mover.engine.follow.BATCH_BYTES", 1)
+    async with owned_rig(pair, binders_per_tenant=3) as r, r.following():
+        await r.copy().run()
+        execute(
+            pair.source,
+            "delete from app.binders where id in (select id from app.binders where tenant_id = %s"
+            " order by id limit 2)",
+            TENANT,
+        )
+        await r.follower.catch_up_once()
+        assert await differences(r) == {}
+
+
+@pytest.mark.parametrize("level", ["read committed", "repeatable read", "serializable"])
+async def test_no_owner_changes_its_parent_under_a_writer_that_looked_it_up(pair, level):
+    async with owned_rig(pair, binders_per_tenant=2):
+        of = "(select min(id) from app.binders where tenant_id = %s)"
+        ((sheet,),) = execute(pair.source, f"select min(id) from app.sheets where binder_id = {of}", OTHER)
+        with psycopg.connect(pair.source) as writer:
+            writer.execute(f"set transaction isolation level {level}")
+            writer.execute("insert into app.marks values (%s, 'late', 1)", (sheet,))
+            with pytest.raises(psycopg.errors.LockNotAvailable), psycopg.connect(pair.source) as mover:
+                mover.execute("set local lock_timeout = '100ms'")
+                mover.execute(f"update app.sheets set binder_id = {of} where id = %s", (TENANT, sheet))
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+async def test_a_writer_with_an_old_snapshot_sees_that_an_owner_changed_its_parent(pair, level):
+    async with owned_rig(pair, binders_per_tenant=2):
+        of = "(select min(id) from app.binders where tenant_id = %s)"
+        ((sheet,),) = execute(pair.source, f"select min(id) from app.sheets where binder_id = {of}", OTHER)
+        with psycopg.connect(pair.source) as writer:
+            writer.execute(f"set transaction isolation level {level}")
+            writer.execute("select count(*) from app.sheets")
+            execute(pair.source, f"update app.sheets set binder_id = {of} where id = %s", TENANT, sheet)
+            with pytest.raises(psycopg.errors.SerializationFailure):
+                writer.execute("insert into app.marks values (%s, 'late', 1)", (sheet,))
