@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mover.core.ddl import rename_schemas
 from mover.core.facts import ColumnFacts, ForeignKey, Relation, Tenancy
 from mover.core.ids import Side, TableRef
-from mover.core.ownership import Ownership, ownership_of
+from mover.core.ownership import ownership_in
 from mover.core.tables import Column, MovedTable, Owner
 from verify.compare import Fingerprints
 
@@ -40,7 +40,9 @@ def pair(
     back = {theirs: ours for ours, theirs in schemas.items()}
     ours = {r.ref: r for r in source if _is_whole(r, schemas.keys())}
     theirs = {TableRef(back[r.ref.schema], r.ref.name): r for r in target if _is_whole(r, schemas.values())}
-    ownership = _ownership(ours, foreign_keys, tenancy)
+    ownership = ownership_in(
+        list(ours.values()), foreign_keys, tenancy.column, lambda table: _is_listed(table, tenancy)
+    )
     tables: list[MovedTable] = []
     incomparable: dict[TableRef, str] = {}
     left_out: list[TableRef] = []
@@ -58,15 +60,6 @@ def pair(
     return Pairing(tuple(tables), _fingerprints(ours, theirs, schemas), incomparable, tuple(left_out))
 
 
-def _ownership(
-    ours: Mapping[TableRef, Relation], foreign_keys: Sequence[ForeignKey], tenancy: Tenancy
-) -> Ownership:
-    there = {ref: relation for ref, relation in ours.items() if not _exempt([relation], tenancy)}
-    tenants = {ref for ref, relation in there.items() if relation.column(tenancy.column)}
-    candidates = {ref: relation for ref, relation in there.items() if ref not in tenants}
-    return ownership_of(ours, foreign_keys, tenants, candidates)
-
-
 def _mapped(table: TableRef, schemas: Mapping[str, str]) -> TableRef:
     return TableRef(schemas.get(table.schema, table.schema), table.name)
 
@@ -78,8 +71,11 @@ def _is_whole(relation: Relation, schemas: Collection[str]) -> bool:
 
 
 def _exempt(relations: Sequence[Relation], tenancy: Tenancy) -> bool:
-    listed = tenancy.reference_tables | tenancy.ignore_tables
-    return any(str(relation.ref) in listed for relation in relations)
+    return any(_is_listed(relation.ref, tenancy) for relation in relations)
+
+
+def _is_listed(table: TableRef, tenancy: Tenancy) -> bool:
+    return str(table) in tenancy.reference_tables | tenancy.ignore_tables
 
 
 def _reason(ours: Relation | None, theirs: Relation | None, tenancy: Tenancy, is_owned: bool) -> str | None:

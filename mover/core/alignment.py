@@ -152,6 +152,8 @@ def check_keys(before: Shape, now: Shape, tenant: TenantId) -> None:
             )
         elif (was.tenant_column, was.owners) != (table.tenant_column, table.owners):
             what = f"rows of {table.source} are the tenant's by other columns now than"
+        elif was.sends_all != table.sends_all:
+            what = f"{table.source} has another key in its partitions now than"
         else:
             continue
         raise SchemaChanged(

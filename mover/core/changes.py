@@ -82,12 +82,24 @@ class Truncated:
 
 
 @dataclass(slots=True)
-class Rehomed:
-    """A row to which owned rows refer changed its tenant, from or to ours; theirs do not change themselves.
-    Told by our row trigger."""
+class OwnerChange:
+    """Of a row to which owned rows may refer, told by our row trigger."""
 
     table: TableRef
+
+
+@dataclass(slots=True)
+class Rehomed(OwnerChange):
+    """It changed its tenant, from or to ours; those that refer to it do not change themselves."""
+
     rows: tuple[Mapping[str, str | None], ...]  # as it was and as it is: the referenced columns
+
+
+@dataclass(slots=True)
+class Vacated(OwnerChange):
+    """Another tenant's was deleted, or changed the columns by which others refer to it."""
+
+    row: Mapping[str, str | None]  # as it was: the referenced columns
 
 
 @dataclass(slots=True)
@@ -99,7 +111,7 @@ class Message:
 
 
 RowChange: TypeAlias = Insert | Update | Delete
-Change: TypeAlias = RowChange | Truncated | Rehomed
+Change: TypeAlias = RowChange | Truncated | OwnerChange
 Decoded: TypeAlias = Begin | Commit | Insert | Update | Delete | Message | Relation
 
 

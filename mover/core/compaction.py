@@ -17,7 +17,7 @@ from mover.core.changes import (
     Change,
     Delete,
     Insert,
-    Rehomed,
+    OwnerChange,
     Relation,
     Row,
     RowChange,
@@ -45,9 +45,9 @@ class NetTable:
     deletes: dict[Key, Row] = field(default_factory=dict)  # present before; only the key's columns count
 
 
-def parts(changes: Iterable[Change]) -> Iterator[Truncated | list[RowChange | Rehomed]]:
+def parts(changes: Iterable[Change]) -> Iterator[Truncated | list[RowChange | OwnerChange]]:
     """The changes in order, cut where a table was truncated: its tenant's rows go between two parts."""
-    part: list[RowChange | Rehomed] = []
+    part: list[RowChange | OwnerChange] = []
     for change in changes:
         if isinstance(change, Truncated):
             if part:

@@ -77,6 +77,7 @@ class ColumnFacts:
     generated: str  # "", "s" (stored) or "v" (virtual)
     identity: str  # "", "a" (always) or "d" (by default)
     collatable: bool
+    deterministic: bool = True  # the collation: only equal texts are equal
     unproven: str | None = None  # the NOT NULL constraint that is NOT VALID
 
     @property

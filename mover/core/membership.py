@@ -1,9 +1,10 @@
-"""The tenant's changes among everybody's, in tables whose rows are the tenant's by foreign keys.
+"""The tenant's changes among everybody's, in tables whose rows are the tenant's by foreign keys, or by a
+column that is not in the replica identity.
 
 The server cannot filter such a table's changes, so they are all in the stream. Whether a row is the
-tenant's after a change is known from the row that it then refers to, and whether it was before, from its
-being on the target: outside a batch the target is the source at some commit, and inside it every change so
-far is accounted for here, in order.
+tenant's after a change is known from itself, or from the row that it then refers to; whether it was before,
+from its being on the target: outside a batch the target is the source at some commit, and inside it every
+change so far is accounted for here, in order.
 
 Where a row comes to the tenant, or leaves, those that refer to it do so too, without a change of their own:
 it is noted in `rehomed`, and they are read again at the next consistent point.
@@ -19,12 +20,14 @@ from mover.core.changes import (
     UNCHANGED,
     Delete,
     Insert,
+    OwnerChange,
     Rehomed,
     Relation,
     Row,
     RowChange,
     Unchanged,
     Update,
+    Vacated,
 )
 from mover.core.copying import Key
 from mover.core.ids import TableRef
@@ -50,30 +53,39 @@ class Membership:
     """Whose the rows are, change by change. `keys` and `values` begin as what the target has of those that
     `questions` asked for."""
 
-    tables: Mapping[TableRef, MovedTable]  # the owned ones and those that own them
+    tables: Mapping[TableRef, MovedTable]  # those of which everybody's changes are sent, and their owners
+    tenant: str
     key_of: KeyOf
     keys: dict[TableRef, set[Key]]
     values: Values
     rehomed: Values = field(default_factory=dict)  # with those noted earlier in the transaction
-    # What rows referred to that were not the tenant's, where what they refer to may come later.
+    # Under a DEFERRABLE foreign key rows may be there before the one that they refer to: what was not the
+    # tenant's when rows referred to it, or other tenants' rows gave up. The tenant's may take it later.
     awaited: Values = field(default_factory=dict)
+    # What the tenant's rows gave up there: another tenant's may have taken it, with those that refer to it.
+    left: Values = field(default_factory=dict)
+    deferred: set[Reference] = field(init=False)
 
-    def tenants(self, changes: Iterable[RowChange | Rehomed]) -> Iterator[RowChange]:
+    def __post_init__(self) -> None:
+        owners = (owner for table in self.tables.values() for owner in table.owners)
+        self.deferred = {(owner.source, owner.referenced) for owner in owners if owner.deferrable}
+
+    def tenants(self, changes: Iterable[RowChange | OwnerChange]) -> Iterator[RowChange]:
         """The changes as the tenant's rows see them, in order."""
         for change in changes:
-            if isinstance(change, Rehomed):
-                self._note_rehomed(change)
+            if isinstance(change, OwnerChange):
+                self._hear(change)
                 continue
             table = self.tables.get(change.relation.table)
             if table is None:
                 yield change
-            elif table.tenant_column is not None:
+            elif table.is_filtered:
                 self._account(table, change)
                 yield change
             else:
-                yield from self._owned(table, change)
+                yield from self._of_everybody(table, change)
 
-    def _owned(self, table: MovedTable, change: RowChange) -> Iterator[RowChange]:
+    def _of_everybody(self, table: MovedTable, change: RowChange) -> Iterator[RowChange]:
         old_key, new_key = keys_of(change, self.key_of)
         there = self.keys.setdefault(table.source, set())
         was_ours = old_key in there
@@ -86,6 +98,7 @@ class Membership:
         if isinstance(change, Update) and was_ours != is_ours:
             change = self._crossing(table, change, is_ours)
         elif not (was_ours or is_ours):
+            self._give_up(table, change)
             return
         self._account(table, change)
         yield change
@@ -99,7 +112,10 @@ class Membership:
         return Insert(change.relation, row) if is_ours else Delete(change.relation, row)
 
     def _is_ours(self, table: MovedTable, relation: Relation, row: Row, was_ours: bool) -> bool:
-        """Whether one of the row's owners is the tenant's."""
+        """Whether the row says so, or one of its owners is the tenant's."""
+        if table.tenant_column is not None:
+            value = _values(relation, row, (table.tenant_column,))
+            return was_ours if value is UNCHANGED else value == (self.tenant,)
         is_ours = False
         for owner in table.owners:
             value = _values(relation, row, owner.columns)
@@ -109,60 +125,89 @@ class Membership:
                 reference = (owner.source, owner.referenced)
                 if value in self.values.get(reference, ()):
                     is_ours = True
-                elif owner.deferrable:
-                    self.awaited.setdefault(reference, set()).add(value)
+                else:
+                    self._await(reference, value)
         return is_ours
 
     def _account(self, table: MovedTable, change: RowChange) -> None:
         """Whether others may now refer to the tenant's row."""
         for names in table.referenced:
-            reference = (table.source, names)
-            there, is_noted = self.values.setdefault(reference, set()), False
+            reference, is_noted = (table.source, names), False
             if not isinstance(change, Insert) and change.old is not None:
-                value = _given(change.relation, change.old, names)
-                there.discard(value)
-                is_noted = value in self.rehomed.get(reference, ())
+                before = _given(change.relation, change.old, names)
+                is_noted = before in self.rehomed.get(reference, ())
+                self._vacate(reference, before)
             if isinstance(change, Delete) or (isinstance(change, Update) and change.old is None):
                 continue
             value = _given(change.relation, change.new, names)
-            there.add(value)
+            self.values.setdefault(reference, set()).add(value)
+            self.left.get(reference, set()).discard(value)
             if is_noted or value in self.awaited.get(reference, ()):
                 self._note(reference, value)
 
-    def _note_rehomed(self, rehomed: Rehomed) -> None:
-        table = self.tables.get(rehomed.table)
+    def _vacate(self, reference: Reference, value: Key) -> None:
+        self.values.setdefault(reference, set()).discard(value)
+        if reference in self.deferred:
+            self.left.setdefault(reference, set()).add(value)
+
+    def _give_up(self, table: MovedTable, change: RowChange) -> None:
+        """Another tenant's row may have given its values up."""
+        if isinstance(change, Insert) or change.old is None:
+            return
+        for names in table.referenced:
+            self._await((table.source, names), _given(change.relation, change.old, names))
+
+    def _hear(self, change: OwnerChange) -> None:
+        table = self.tables.get(change.table)
         for names in table.referenced if table else ():
-            for row in rehomed.rows:
-                value = tuple(value for name in names if (value := row.get(name)) is not None)
-                if len(value) == len(names):
-                    self._note((rehomed.table, names), value)
+            reference = (change.table, names)
+            match change:
+                case Rehomed(_, rows):
+                    for row in rows:
+                        if (value := _told(row, names)) is not None:
+                            self._note(reference, value)
+                case Vacated(_, row):
+                    if (value := _told(row, names)) is not None:
+                        if value in self.values.get(reference, ()):  # told when the statement has ended
+                            self._note(reference, value)
+                        self._await(reference, value)
+
+    def _await(self, reference: Reference, value: Key) -> None:
+        if reference in self.deferred:
+            self.awaited.setdefault(reference, set()).add(value)
 
     def _note(self, reference: Reference, value: Key) -> None:
         self.rehomed.setdefault(reference, set()).add(value)
 
 
 def questions(
-    changes: Iterable[RowChange | Rehomed], tables: Mapping[TableRef, MovedTable], key_of: KeyOf
+    changes: Iterable[RowChange | OwnerChange], tables: Mapping[TableRef, MovedTable], key_of: KeyOf
 ) -> Questions:
     """What `Membership` has to know of the target before `changes`."""
     asked = Questions()
     for change in changes:
-        table = None if isinstance(change, Rehomed) else tables.get(change.relation.table)
-        if table is None or isinstance(change, Rehomed) or table.tenant_column is not None:
+        if isinstance(change, OwnerChange):
+            if isinstance(change, Vacated) and (owner := tables.get(change.table)) is not None:
+                for names in owner.referenced:
+                    if (told := _told(change.row, names)) is not None:
+                        asked.values.setdefault((change.table, names), set()).add(told)
+            continue
+        table = tables.get(change.relation.table)
+        if table is None or table.is_filtered:
             continue
         asked.keys.setdefault(table.source, set()).update(keys_of(change, key_of))
         if isinstance(change, Delete):
             continue
-        for owner in table.owners:
-            value = _values(change.relation, change.new, owner.columns)
+        for owner_key in table.owners:
+            value = _values(change.relation, change.new, owner_key.columns)
             if value is not None and value is not UNCHANGED:
-                asked.values.setdefault((owner.source, owner.referenced), set()).add(value)
+                asked.values.setdefault((owner_key.source, owner_key.referenced), set()).add(value)
     return asked
 
 
-def owning(tables: Iterable[MovedTable]) -> dict[TableRef, MovedTable]:
-    """The owned tables and those that own them."""
-    return {table.source: table for table in tables if table.owners or table.referenced}
+def followed(tables: Iterable[MovedTable]) -> dict[TableRef, MovedTable]:
+    """Those of which everybody's changes are sent, and those that own some of them."""
+    return {table.source: table for table in tables if not table.is_filtered or table.referenced}
 
 
 def owned_through(tables: Iterable[MovedTable], reference: Reference) -> Iterator[tuple[MovedTable, Owner]]:
@@ -171,6 +216,12 @@ def owned_through(tables: Iterable[MovedTable], reference: Reference) -> Iterato
         for owner in table.owners:
             if (owner.source, owner.referenced) == reference:
                 yield table, owner
+
+
+def _told(row: Mapping[str, str | None], names: tuple[str, ...]) -> Key | None:
+    """None where a column is not among those that were told."""
+    value = tuple(value for name in names if (value := row.get(name)) is not None)
+    return value if len(value) == len(names) else None
 
 
 def _given(relation: Relation, row: Row, names: tuple[str, ...]) -> Key:

@@ -7,12 +7,12 @@ cycle: each table's owners are known before its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mover.core.facts import Facts, ForeignKey, Relation
-from mover.core.ids import TableRef
-from mover.core.tables import Owner
+from mover.core.ids import Side, TableRef
+from mover.core.tables import Holding, Owner, ties
 
 # Equal values of these are written by the same letters, whichever of the types they have.
 _SAME_LETTERS = (
@@ -52,6 +52,10 @@ class Ownership:
         found = (key.parent_columns for keys in self.keys.values() for key in keys if key.parent == table)
         return tuple(sorted(set(found)))
 
+    def deferred(self, table: TableRef) -> bool:
+        """Whether those rows may wait for one of its rows."""
+        return any(key.deferrable for keys in self.keys.values() for key in keys if key.parent == table)
+
 
 def find_ownership(facts: Facts) -> Ownership:
     """That of the source's tables."""
@@ -59,6 +63,48 @@ def find_ownership(facts: Facts) -> Ownership:
     tenants = {r.ref for r in relations if facts.is_tenant_table(r)}
     candidates = {r.ref: r for r in relations if r.ref not in tenants and _may_be_owned(facts, r)}
     return ownership_of({r.ref: r for r in relations}, facts.source.foreign_keys, tenants, candidates)
+
+
+def ownership_in(
+    relations: Collection[Relation],
+    foreign_keys: Sequence[ForeignKey],
+    tenant_column: str,
+    is_exempt: Callable[[TableRef], bool],
+) -> Ownership:
+    """That of one side's tables, where there is no plan that says so."""
+    there = {r.ref: r for r in relations if not is_exempt(r.ref)}
+    tenants = {ref for ref, relation in there.items() if relation.column(tenant_column)}
+    candidates = {ref: relation for ref, relation in there.items() if ref not in tenants}
+    return ownership_of({r.ref: r for r in relations}, foreign_keys, tenants, candidates)
+
+
+def holdings_in(
+    relations: Collection[Relation],
+    foreign_keys: Iterable[ForeignKey],
+    tenant_column: str,
+    is_exempt: Callable[[TableRef], bool],
+) -> list[Holding]:
+    """The tables of one side that may have rows of a tenant, owners first. `foreign_keys` may be repeated,
+    and of columns that are not there."""
+    there = {r.ref: {c.name for c in r.columns} for r in relations}
+    keys = {
+        (k.child, k.child_columns, k.parent, k.parent_columns): k
+        for k in foreign_keys
+        if there.get(k.child, set()).issuperset(k.child_columns)
+        and there.get(k.parent, set()).issuperset(k.parent_columns)
+    }
+    ownership = ownership_in(relations, list(keys.values()), tenant_column, is_exempt)
+    return [
+        *(
+            Holding(t, tenant_column)
+            for t, names in there.items()
+            if tenant_column in names and not is_exempt(t)
+        ),
+        *(
+            Holding(t, None, ties(ownership.owners(t, lambda same: same, tenant_column), Side.TARGET))
+            for t in ownership.keys
+        ),
+    ]
 
 
 def ownership_of(
@@ -141,9 +187,6 @@ def _unfit_key(key: ForeignKey, child: Relation, parent: Relation) -> str | None
 
 
 def _written_alike(child: Relation, name: str, parent: Relation, referenced: str) -> bool:
-    types = {
-        column.type.partition("(")[0]
-        for column in (child.column(name), parent.column(referenced))
-        if column is not None
-    }
-    return any(types <= alike for alike in _SAME_LETTERS)
+    columns = [c for c in (child.column(name), parent.column(referenced)) if c is not None]
+    types = {column.type.partition("(")[0] for column in columns}
+    return all(c.deterministic for c in columns) and any(types <= alike for alike in _SAME_LETTERS)

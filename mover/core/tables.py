@@ -51,6 +51,13 @@ class MovedTable:
     estimated_bytes: int = 0
     owners: tuple[Owner, ...] = ()  # any of them makes a row the tenant's; only without a tenant column
     referenced: tuple[tuple[str, ...], ...] = ()  # the columns by which owned tables refer to it
+    deferred: bool = False  # a foreign key of theirs is DEFERRABLE: they may wait for the row
+    sends_all: bool = False  # the server cannot filter by the tenant column, which is not in the key
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether only the tenant's changes are in the stream."""
+        return self.tenant_column is not None and not self.sends_all
 
     @property
     def copied(self) -> tuple[Column, ...]:
@@ -61,14 +68,14 @@ class MovedTable:
     def identity(self) -> tuple[str, ...]:
         """What every change has to carry of the row before, the tenant column first; whole rows without
         a key."""
-        tenant = (self.tenant_column,) if self.tenant_column else ()
+        tenant = (self.tenant_column,) if self.tenant_column and self.is_filtered else ()
         return tuple(
             dict.fromkeys((*tenant, *self.key, *(name for names in self.referenced for name in names)))
         )
 
     def holding(self, side: Side) -> Holding:
         table = self.source if side is Side.SOURCE else self.target
-        return Holding(table, self.tenant_column, ties(self.owners, side), self.referenced)
+        return Holding(table, self.tenant_column, ties(self.owners, side), self.referenced, self.deferred)
 
     @property
     def is_quickly_compared(self) -> bool:
@@ -98,6 +105,7 @@ class Holding:
     tenant_column: str | None
     ties: tuple[Tie, ...] = ()
     referenced: tuple[tuple[str, ...], ...] = ()
+    deferred: bool = False
 
     @property
     def depth(self) -> int:

@@ -442,6 +442,7 @@ class Move:
     async def _clean_up(self, shape: Shape) -> None:
         async with self._phase(Phase.CLEANUP):
             await self._step("cleanup.source_rows", self.site.remove_source_rows, shape, self._say)
+            await self._step("cleanup.owned_guards", self.site.unguard_owned, shape, self._wait_for)
             # Only now: the index that it needed finds the tenant's rows for the deletes, too.
             await self._step("cleanup.identity", self.site.restore_identity, shape, self._wait_for)
             await self._step("cleanup.target_guards", self.site.unguard_target, shape, self._wait_for)

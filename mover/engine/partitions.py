@@ -7,10 +7,17 @@ partition's own, and a partition that comes later has the defaults.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from mover.core.facts import Facts, Relation
 from mover.core.ids import TableRef
 from mover.core.tables import Finding
+
+
+def can_filter(relation: Relation, column: str) -> bool:
+    """Whether the server can filter the table's changes by `column`: in a partition that comes later it has
+    to be a part of the primary key, or updates there would fail for every tenant."""
+    return relation.kind != "p" or _has_primary(relation, column)
 
 
 def unfit_root(facts: Facts, root: Relation) -> Iterator[Finding]:
@@ -24,17 +31,30 @@ def unfit_root(facts: Facts, root: Relation) -> Iterator[Finding]:
             f"is a partition of {root.ref} in a schema that is not moved",
             f"ALTER TABLE {partition} SET SCHEMA {root.ref.schema};",
         )
-    primary = next((i for i in root.indexes if i.primary), None)
-    if primary is None or column not in primary.columns or not primary.immediate:
+    if not _has_primary(root):
         yield _refusal(
             root.ref,
             "partition_key",
-            f"is partitioned, and its primary key does not contain {column}: updates in a partition that is"
-            " made while the tenant moves would fail for every tenant",
-            f"Make {column} a part of {root.ref}'s primary key, immediate and not DEFERRABLE.",
+            "is partitioned, and has no primary key: updates in a partition that is made while the tenant"
+            " moves would fail for every tenant",
+            f"Give {root.ref} a primary key, not DEFERRABLE.",
         )
-    elif not root.identity_covers([column]):
+        return
+    if not can_filter(root, column):
+        yield _everybodys(root, column)
+    if not root.identity_covers(_needed(root, column)):
         yield _identity(root, column)
+
+
+def _everybodys(root: Relation, column: str) -> Finding:
+    finding = _refusal(
+        root.ref,
+        "partition_unfiltered",
+        f"is partitioned, and its primary key does not contain {column}: while the tenant moves, everybody's"
+        " changes of it are read from the stream",
+        f"Make {column} a part of {root.ref}'s primary key where that costs too much.",
+    )
+    return replace(finding, warning=True)
 
 
 def unfit_partition(facts: Facts, partition: Relation, root: Relation | None) -> Iterator[Finding]:
@@ -75,8 +95,8 @@ def unfit_partition(facts: Facts, partition: Relation, root: Relation | None) ->
             f"has row-level security that applies to role {role}: it would hide rows",
             f'ALTER ROLE "{role}" BYPASSRLS;',
         )
-    has_key = any(i.primary and column in i.columns for i in partition.indexes)  # else the root's is said
-    if partition.kind == "r" and has_key and not partition.identity_covers([column]):
+    is_unfit = partition.kind == "r" and not partition.identity_covers(_needed(root, column))
+    if _has_primary(root) and is_unfit:  # else the root's is said
         yield _identity(partition, column)
 
 
@@ -92,6 +112,15 @@ def partial_foreign_keys(facts: Facts, partitions: tuple[Relation, ...]) -> Iter
                     f"is a partition with a foreign key of its own, {key.name} of {key.child}",
                     f"Make it a foreign key of the whole table {roots[table]}, or drop it.",
                 )
+
+
+def _has_primary(root: Relation, *columns: str) -> bool:
+    return any(i.primary and i.immediate and {*columns} <= {*i.columns} for i in root.indexes)
+
+
+def _needed(root: Relation, column: str) -> list[str]:
+    """What a change of one of its rows has to carry beside the key."""
+    return [column] if can_filter(root, column) else []
 
 
 def _identity(relation: Relation, column: str) -> Finding:

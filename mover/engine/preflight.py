@@ -86,6 +86,8 @@ def _moved_table(facts: Facts, classes: Classes, relation: Relation) -> MovedTab
         estimated_bytes=rows.bytes if rows else 0,
         owners=ownership.owners(relation.ref, facts.mapped, column),
         referenced=ownership.referenced(relation.ref),
+        deferred=ownership.deferred(relation.ref),
+        sends_all=not classes.is_filtered(relation),
     )
 
 

@@ -161,6 +161,9 @@ class Site(Protocol):
 
     async def unguard_source(self, shape: Shape, say: Say) -> None: ...
 
+    async def unguard_owned(self, shape: Shape, say: Say) -> None:
+        """On the source, after its rows are removed: what is left guards the tables of their owners."""
+
     async def unguard_target(self, shape: Shape, say: Say) -> None: ...
 
     async def remove_target_rows(self, shape: Shape, say: Say) -> None:

@@ -10,7 +10,7 @@ from mover.core.facts import Facts, ForeignKey, Relation
 from mover.core.ids import TableRef
 from mover.core.ownership import Ownership, find_ownership
 from mover.core.tables import MAX_SCANNED_ROWS, Finding
-from mover.engine.partitions import unfit_partition, unfit_root
+from mover.engine.partitions import can_filter, unfit_partition, unfit_root
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,11 @@ class Classes:
     def identity(self, relation: Relation) -> tuple[str, ...]:
         """What changes have to carry in the stream beside the key."""
         referenced = (name for names in self.ownership.referenced(relation.ref) for name in names)
-        return (*(() if self.is_owned(relation) else (self.tenant_column,)), *referenced)
+        return (*((self.tenant_column,) if self.is_filtered(relation) else ()), *referenced)
+
+    def is_filtered(self, relation: Relation) -> bool:
+        """Whether the server can send the tenant's changes only."""
+        return not self.is_owned(relation) and can_filter(relation, self.tenant_column)
 
     @property
     def touched(self) -> tuple[Relation, ...]:
@@ -118,7 +122,8 @@ def _owned(facts: Facts, relation: Relation, ownership: Ownership) -> Finding:
             relation,
             "owned_rows",
             f"belongs to the tenant by foreign keys to {parents}: while the tenant moves, everybody's writes"
-            " to it look that up, and all of them are read from the stream",
+            " to it look that up, and all of them are read from the stream; the columns of these keys, and"
+            f" those of {parents}, can be neither dropped nor retyped before the source is cleaned up",
             f"Give it the column {facts.tenancy.column} where that costs too much.",
         ),
         warning=True,

@@ -17,7 +17,7 @@ from mover.core.changes import (
     Change,
     Delete,
     Insert,
-    Rehomed,
+    OwnerChange,
     Relation,
     Row,
     RowChange,
@@ -87,7 +87,7 @@ class Transaction:
             if isinstance(part, Truncated):
                 await self._truncate(part)
             else:
-                await self._apply_part(await self._tenants(self._tables.wanted(part)))
+                await self._apply_wanted(self._tables.wanted(part))
 
     @property
     def is_missing_rows(self) -> bool:
@@ -105,17 +105,19 @@ class Transaction:
         self._missing.clear()
         self._rehomed.clear()
 
-    async def _tenants(self, changes: list[RowChange | Rehomed]) -> list[RowChange]:
-        """The tenant's changes, with those of owned tables."""
+    async def _apply_wanted(self, changes: list[RowChange | OwnerChange]) -> None:
         owned = self._tables.owned
         if not owned.tables:
-            return [change for change in changes if not isinstance(change, Rehomed)]
-        asked = questions(changes, owned.tables, self._key_of)
-        keys, values = await owned.known(self._conn, asked)
-        membership = Membership(owned.tables, self._key_of, keys, values, self._rehomed, self._awaited)
+            return await self._apply_part([c for c in changes if not isinstance(c, OwnerChange)])
+        keys, values = await owned.known(self._conn, questions(changes, owned.tables, self._key_of))
+        membership = Membership(
+            owned.tables, str(owned.tenant), self._key_of, keys, values, self._rehomed, self._awaited
+        )
         tenants = list(membership.tenants(changes))
         self._rehomed = {r: found for r, found in self._rehomed.items() if owned.concerns(r)}
-        return tenants
+        await self._apply_part(tenants)
+        for reference, found in (await owned.left_behind(self._conn, membership.left)).items():
+            self._rehomed.setdefault(reference, set()).update(found)
 
     async def _truncate(self, truncated: Truncated) -> None:
         table = truncated.table

@@ -149,12 +149,6 @@ async def existing_tables(conn: Connection, tables: Sequence[TableRef]) -> Mappi
     return {TableRef(row["schema"], row["name"]): frozenset(row["privileges"]) for row in found}
 
 
-async def tables_with_column(conn: Connection, schemas: Collection[str], column: str) -> list[TableRef]:
-    """Tables, but no partitions."""
-    found = await rows(conn, "tables_with_column", schemas=list(schemas), column=column)
-    return [TableRef(row["schema"], row["name"]) for row in found]
-
-
 def _by_relation(found: Sequence[Row]) -> Mapping[int, list[Row]]:
     grouped: dict[int, list[Row]] = defaultdict(list)
     for row in found:

@@ -6,9 +6,9 @@ Implements cutover.ports.Fence. The SQL and its reasons stand in `mover/sql/fenc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from typing import Any, TypeAlias
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -23,25 +23,18 @@ from mover.core.errors import (
     SchemaChanged,
     Unreachable,
 )
-from mover.core.ids import TableRef, TenantId
+from mover.core.ids import TenantId
 from mover.core.tables import Holding
 from mover.postgres import owner
 from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
-from mover.postgres.holdings import is_owned, named, owning_columns
-from mover.postgres.locks import with_lock_timeout
+from mover.postgres.guards import Connection, Found, Guards, Say
 from mover.sql import load
 
-# A writer that meets a closed fence without a living owner gets a retryable error after this, or after
-# this many times the pause budget: a pause that goes well must never refuse.
-GUARD_WAIT_MS = 10_000
-GUARD_WAIT_BUDGETS = 3
 # A transaction open for longer than this when the cutover begins is waited for outside the fence.
 MAX_HOLDER_AGE_S = 0.5
-_DEFINITIONS = ("insert", "update", "delete", "truncate", "rehome")
 _HOLD = "hold"
-Connection = psycopg.AsyncConnection[tuple[Any, ...]]
-Say = Callable[[str], Awaitable[None]]
+_UNGUARDED = Found(is_guarded=False, telling=0)
 
 
 class WrongState(MoverError):
@@ -62,6 +55,7 @@ class PgFence:
         digest = hashlib.md5(f"{tenant}/{vertical}".encode(), usedforsecurity=False).digest()
         self.name = digest.hex()[:16]
         self.key = int.from_bytes(digest[:8], "big", signed=True)
+        self._guards = Guards(self.name, self.key, tenant, identity, hold_s)
         self._guarded_tables: tuple[Holding, ...] = ()
         self._hold: AsyncExitStack | None = None
         self._holder: Connection | None = None
@@ -72,12 +66,12 @@ class PgFence:
         async with self._database.connect("guard", client_min_messages="warning") as conn:
             async with conn.transaction():
                 await owner.hold(conn, self._identity)
-                await conn.execute(self._sql("install"))
+                await self._guards.make_functions(conn)
                 await conn.execute(load("fence")["record"], self._facts() | {"state": state})
-            done = await self._guards(conn)
+            done = await self._guards.standing(conn)
             for holding in tables:
-                if not _is_guarded(holding, done):
-                    await self._guard(conn, holding, say)
+                if not done.get(holding.table, _UNGUARDED).suffices(holding):
+                    await self._guards.guard(conn, holding, say)
         self._guarded_tables = tuple(tables)
 
     async def remove(self, say: Say) -> None:
@@ -96,13 +90,28 @@ class PgFence:
                     return  # a later migration has taken the place over
                 if tombstone_of is not None and state != "open":
                     return await self._hand_back(conn)
-            for table in await self._guards(conn):
-                await self._unguard(conn, table, say)
+            for table in await self._guards.standing(conn):
+                await self._guards.unguard(conn, table, say)
             async with conn.transaction():
                 await owner.hold(conn, self._identity)
-                await self._drop_owned_functions(conn)
-                await conn.execute(self._sql("uninstall"))
+                await self._guards.drop_functions(conn)
                 await conn.execute("DELETE FROM mover.fence WHERE name = %s", (self.name,))
+
+    async def unguard_owned(self, tables: Sequence[Holding], say: Say) -> None:
+        """Where the tenant's rows are gone, nothing can be written to owned tables that the guards of their
+        owners would let pass: they need none of their own, which would stand in the way of ALTER TABLE."""
+        async with self._database.connect("guard", client_min_messages="warning") as conn:
+            if await self._state_on(conn) != "moved":
+                return  # a later migration has taken the place over
+            standing = await self._guards.standing(conn)
+            for holding in tables:
+                if holding.table in standing and holding.tenant_column is None:
+                    await self._guards.unguard(conn, holding.table, say)
+                elif holding.table in standing and standing[holding.table].telling:
+                    await self._guards.stop_telling(conn, holding.table, say)
+            async with conn.transaction():
+                await owner.hold(conn, self._identity)
+                await self._guards.drop_owned_functions(conn)
 
     async def _hand_back(self, conn: Connection) -> None:
         """The earlier migration's tombstone stands again, for that migration to look after."""
@@ -125,9 +134,10 @@ class PgFence:
             )
         )
         with translate(self._database.label):
-            guards = await self._guards(self._holder)
+            standing = await self._guards.standing(self._holder)
             await self._warm_up(self._holder)
-        if missing := sorted(h.table for h in self._guarded_tables if not _is_guarded(h, guards)):
+        guarded = self._guarded_tables
+        if missing := sorted(h.table for h in guarded if not standing.get(h.table, _UNGUARDED).suffices(h)):
             raise SchemaChanged(
                 f"{self._database.label}: the guard is gone or disabled on {', '.join(map(str, missing))}",
                 hint="Somebody changed its triggers; resume, and they are made again.",
@@ -282,139 +292,6 @@ class PgFence:
 
     def _object(self, kind: str) -> sql.Identifier:
         return sql.Identifier("mover", f"{kind}_{self.name}")
-
-    def _sql(self, query: str, **more: sql.Composable) -> sql.Composed:
-        """A query of fence.sql with this place's names; texts in it are hexadecimal or uuids."""
-        names = {f"{kind}_sequence": sql.SQL(f"{kind}_{self.name}") for kind in ("state", "refused")}
-        names |= {
-            f"{kind}_function": sql.SQL(f"{kind}_{self.name}")
-            for kind in ("guard", "truncate", "wait", "rehome")
-        }
-        triggers = {f"{op}_trigger": sql.Identifier(f"mover_guard_{self.name}_{op}") for op in _DEFINITIONS}
-        constants = {
-            "key": sql.Literal(self.key),
-            "wait_ms": sql.Literal(max(GUARD_WAIT_MS, round(self._hold_s * 1000 * GUARD_WAIT_BUDGETS))),
-            "tenant": sql.SQL(str(self._tenant)),
-        }
-        return sql.SQL(load("fence")[query]).format(**(names | triggers | constants | more))
-
-    async def _guards(self, conn: Connection) -> _Guards:
-        """The tables that carry our triggers, whether one tells of rehoming, and whether all others are
-        there; each always fires. A partitioned table comes before its partitions, whose row triggers go with
-        it."""
-        triggers = [f"mover_guard_{self.name}_{op}" for op in _DEFINITIONS]
-        facts = {"triggers": triggers, "rehome": f"mover_guard_{self.name}_rehome"}
-        cursor = await conn.execute(load("fence")["guarded"], facts)
-        return {
-            TableRef(schema, name): (whole, rehoming)
-            for schema, name, rehoming, whole in await cursor.fetchall()
-        }
-
-    async def _guard(self, conn: Connection, holding: Holding, say: Say) -> None:
-        table = holding.table
-        if holding.tenant_column is None:
-            await self._make_owned_function(conn, holding)
-        statement = self._sql(
-            "guard_table",
-            table=named(table),
-            tenant=sql.Literal(str(self._tenant)),
-            **self._conditions(holding),
-        )
-        await self._under_lock_timeout(conn, statement, table, say)
-        if holding.tenant_column is not None and holding.referenced:
-            await self._guard_rehoming(conn, holding, holding.tenant_column, say)
-        names = {"schema": table.schema, "name": table.name}
-        for found in await (await conn.execute(load("fence")["partitions"], names)).fetchall():
-            partition = TableRef(*found)
-            statement = self._sql("guard_partition", table=named(partition))
-            await self._under_lock_timeout(conn, statement, partition, say)
-
-    def _conditions(self, holding: Holding) -> dict[str, sql.Composable]:
-        """Whether a row that is inserted, updated or deleted is the tenant's, before or after."""
-        if holding.tenant_column is not None:
-            column, tenant = sql.Identifier(holding.tenant_column), sql.Literal(str(self._tenant))
-            new, old = (sql.SQL(f"{row}.{{}} = {{}}").format(column, tenant) for row in ("NEW", "OLD"))
-            return {"inserted": new, "updated": sql.SQL("({} OR {})").format(old, new), "deleted": old}
-        function = sql.Identifier("mover", self._owned_function(holding))
-        new_values, old_values = (
-            sql.SQL(", ").join(
-                sql.SQL(f"{row}.{{}}").format(sql.Identifier(c)) for c in owning_columns(holding)
-            )
-            for row in ("NEW", "OLD")
-        )
-        new, old = (sql.SQL("{}({})").format(function, values) for values in (new_values, old_values))
-        updated = sql.SQL("({} OR ROW({}) IS DISTINCT FROM ROW({}) AND {})").format(
-            new, old_values, new_values, old
-        )
-        return {"inserted": new, "updated": updated, "deleted": old}
-
-    async def _make_owned_function(self, conn: Connection, holding: Holding) -> None:
-        columns = owning_columns(holding)
-        parameters = sql.SQL(", ").join(
-            sql.SQL("{}.{}%TYPE").format(named(holding.table), sql.Identifier(column)) for column in columns
-        )
-        arguments = {column: sql.SQL(f"${number}") for number, column in enumerate(columns, start=1)}
-        statement = self._sql(
-            "owned_function",
-            owned_function=sql.Identifier(self._owned_function(holding)),
-            parameters=parameters,
-            owned=is_owned(holding, arguments, self._tenant, lock=True),
-        )
-        async with conn.transaction():
-            await owner.hold(conn, self._identity)
-            await conn.execute(statement)
-
-    def _owned_function(self, holding: Holding) -> str:
-        table = hashlib.md5(str(holding.table).encode(), usedforsecurity=False).hexdigest()
-        return f"{self._owned_prefix}{table[:16]}"
-
-    @property
-    def _owned_prefix(self) -> str:
-        return f"owned_{self.name}_"
-
-    async def _drop_owned_functions(self, conn: Connection) -> None:
-        facts = {"prefix": self._owned_prefix}
-        for (function,) in await (await conn.execute(load("fence")["owned_functions"], facts)).fetchall():
-            await conn.execute(self._sql("drop_owned_function", function=sql.SQL(function)))
-
-    async def _guard_rehoming(self, conn: Connection, holding: Holding, column: str, say: Say) -> None:
-        table = holding.table
-        names = sorted({name for referenced in holding.referenced for name in referenced})
-        facts = {"schema": table.schema, "name": table.name, "names": names}
-        found = await (await conn.execute(load("fence")["column_numbers"], facts)).fetchall()
-        statement = self._sql(
-            "guard_rehoming",
-            table=named(table),
-            column=sql.Identifier(column),
-            tenant=sql.Literal(str(self._tenant)),
-            numbers=sql.SQL(", ").join(sql.Literal(str(number)) for (number,) in found),
-        )
-        await self._under_lock_timeout(conn, statement, table, say)
-
-    async def _unguard(self, conn: Connection, table: TableRef, say: Say) -> None:
-        statement = self._sql("unguard_table", table=named(table))
-        await self._under_lock_timeout(conn, statement, table, say)
-
-    async def _under_lock_timeout(
-        self, conn: Connection, statement: sql.Composed, table: TableRef, say: Say
-    ) -> None:
-        async def attempt() -> None:
-            async with conn.transaction():
-                await owner.hold(conn, self._identity)
-                await conn.execute(statement)
-
-        async def on_wait(number: int) -> None:
-            await say(f"guard: waiting for a lock on {table}, try {number}")
-
-        await with_lock_timeout(conn, attempt, on_wait=on_wait)
-
-
-_Guards: TypeAlias = Mapping[TableRef, tuple[bool, bool]]
-
-
-def _is_guarded(holding: Holding, guards: _Guards) -> bool:
-    is_whole, tells_of_rehoming = guards.get(holding.table, (False, False))
-    return is_whole and (tells_of_rehoming or not holding.referenced or holding.tenant_column is None)
 
 
 _HAND_BACK = """

@@ -25,13 +25,14 @@ class Layout:
     merge: Merge
     names: Names = field(init=False)
     key_at: tuple[int, ...] = field(init=False)
-    tenant_at: int | None = field(init=False)  # None in an owned table
+    tenant_at: int | None = field(init=False)  # None where everybody's rows are sent
 
     def __post_init__(self) -> None:
         self.names = tuple(c.name for c in self.relation.columns)
         self.key_at = tuple(self.names.index(name) for name in self.merge.table.key)
-        tenant_column = self.merge.table.tenant_column
-        self.tenant_at = self.names.index(tenant_column) if tenant_column else None
+        table = self.merge.table
+        is_told = table.tenant_column is not None and table.is_filtered
+        self.tenant_at = self.names.index(table.tenant_column) if is_told else None
 
     def key(self, row: Row) -> Key:
         return tuple([_text(row[at]) for at in self.key_at])

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 
-from mover.core.changes import Rehomed, Truncated
+from mover.core.changes import OwnerChange, Rehomed, Truncated, Vacated
 from mover.core.ids import TableRef
 
 MARK_PREFIX = "mover.mark"
 TRUNCATE_PREFIX = "mover.truncate"
-REHOME_PREFIX = "mover.rehome"
+OWNER_PREFIXES = REHOME_PREFIX, VACATE_PREFIX = ("mover.rehome", "mover.vacate")
 
 # Transactional, so that it stands in the stream where its transaction commits; any role may call it.
 EMIT_MARK = "SELECT pg_logical_emit_message(true, 'mover.mark', %s)"
@@ -35,14 +35,16 @@ def parse_truncated(content: bytes) -> Truncated | None:
     return None
 
 
-def parse_rehomed(content: bytes) -> Rehomed | None:
-    """The content that the rehoming trigger writes, a JSON array of schema, table, and the row's referenced
+def parse_owner_change(prefix: str, content: bytes) -> OwnerChange | None:
+    """The content that the telling triggers write, a JSON array of schema, table, and the row's referenced
     columns before and after; or None."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
         return None
     match found:
+        case [str(schema), str(table), dict(before), dict()] if prefix == VACATE_PREFIX:
+            return Vacated(TableRef(schema, table), before)
         case [str(schema), str(table), dict(before), dict(after)]:
             return Rehomed(TableRef(schema, table), (before, after))
     return None

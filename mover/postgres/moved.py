@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 
-from mover.core.changes import Change, Delete, Insert, Rehomed, Relation, RowChange, Truncated
+from mover.core.changes import Change, Delete, Insert, OwnerChange, Relation, RowChange, Truncated
 from mover.core.compaction import parts
 from mover.core.copying import CopiedRanges, Key
 from mover.core.errors import ApplyConflict, PlanOutdated, SchemaChanged, TableUnfit, Where
 from mover.core.ids import Side, TableRef, TenantId
-from mover.core.membership import owning
+from mover.core.membership import followed
 from mover.core.tables import MovedTable, Shape
 from mover.postgres.layout import Layout
 from mover.postgres.merge import Merge
@@ -31,7 +31,7 @@ class MovedTables:
         self._order = {ref: number for number, ref in enumerate(self.merges)}
         self.moves_by_copy = {ref for ref, merge in self.merges.items() if merge.moves_by_copy}
         self.keyless = frozenset(t.source for t in shape.tables if not t.key)
-        self.owned = OwnedRows(owning(shape.tables), tenant, self.copied, self.touch)
+        self.owned = OwnedRows(followed(shape.tables), tenant, self.copied, self.touch)
         self._layouts: dict[int, Layout] = {}
         self._copied: Mapping[TableRef, CopiedRanges] = {}
         self._dirty: dict[TableRef, set[Key]] | None = None
@@ -59,7 +59,7 @@ class MovedTables:
         """Parents first."""
         return self._order[table]
 
-    def in_parts(self, changes: Sequence[Change]) -> Iterator[Truncated | list[RowChange | Rehomed]]:
+    def in_parts(self, changes: Sequence[Change]) -> Iterator[Truncated | list[RowChange | OwnerChange]]:
         """The changes in order; tables that were truncated together, where foreign keys are in force,
         children first."""
         for truncated, group in groupby(parts(changes), lambda part: isinstance(part, Truncated)):
@@ -68,13 +68,13 @@ class MovedTables:
             else:
                 yield from group
 
-    def _last_parents(self, part: Truncated | list[RowChange | Rehomed]) -> int:
+    def _last_parents(self, part: Truncated | list[RowChange | OwnerChange]) -> int:
         return -self._order.get(part.table, 0) if isinstance(part, Truncated) else 0
 
     def target_tables(self, changes: Sequence[Change]) -> set[TableRef]:
         """Those that the changes may touch, on the target."""
         tables = {
-            change.table if isinstance(change, (Truncated, Rehomed)) else change.relation.table
+            change.table if isinstance(change, (Truncated, OwnerChange)) else change.relation.table
             for change in changes
         }
         below = {further for table in tables for further in self.owned.below(table)}
@@ -108,14 +108,14 @@ class MovedTables:
     def copied(self, table: TableRef) -> CopiedRanges:
         return self._copied.get(table, _NOTHING)
 
-    def wanted(self, changes: Sequence[RowChange | Rehomed]) -> list[RowChange | Rehomed]:
+    def wanted(self, changes: Sequence[RowChange | OwnerChange]) -> list[RowChange | OwnerChange]:
         """The changes of tables of which anything is here yet.
 
         The publication's filter has seen to the tenant; a foreign row must not pass all the same."""
-        wanted: list[RowChange | Rehomed] = []
+        wanted: list[RowChange | OwnerChange] = []
         relation: Relation | None = None
         for change in changes:
-            if isinstance(change, Rehomed):
+            if isinstance(change, OwnerChange):
                 wanted.append(change)
                 continue
             if change.relation is not relation:

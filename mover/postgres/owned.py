@@ -70,6 +70,16 @@ class OwnedRows:
         for wanted in (rehomed, removed):  # of what was removed, some may be the tenant's by another owner
             await self._fetch(conn, point, wanted)
 
+    async def left_behind(self, conn: Connection, left: Values) -> Values:
+        """Those of the values to which rows refer that went with a row of the tenant, which may be another
+        tenant's by now."""
+        found: Values = {}
+        for reference, values in left.items():
+            for table, names, _ in self._there_through({reference: values}):
+                if await self._found(conn, table, names, values):
+                    found.setdefault(reference, set()).update(values)
+        return found
+
     async def _remove(self, conn: Connection, rehomed: Values, removed: Values) -> None:
         """The furthest first, so that no row is left that refers to nothing; notes what was referred to."""
         for table, names, values in self._there_through(rehomed):

@@ -60,9 +60,9 @@ async def create_publication(
 
 
 def _filtered(table: MovedTable, tenant: TenantId) -> sql.Composed:
-    """Only columns of the table itself can filter: of an owned table every tenant's changes are published."""
+    """Only columns of the replica identity can filter: else every tenant's changes are published."""
     name = sql.Identifier(table.source.schema, table.source.name)
-    if table.tenant_column is None:
+    if table.tenant_column is None or table.sends_all:
         return sql.SQL("{}").format(name)
     return sql.SQL("{} WHERE ({} = {})").format(
         name,

@@ -26,9 +26,9 @@ from mover.postgres.connect import Database
 from mover.postgres.errors import ServerError, translated
 from mover.postgres.marks import (
     MARK_PREFIX,
-    REHOME_PREFIX,
+    OWNER_PREFIXES,
     TRUNCATE_PREFIX,
-    parse_rehomed,
+    parse_owner_change,
     parse_truncated,
 )
 
@@ -299,8 +299,10 @@ class WalStream:
             self._marks.append(message.content.decode(errors="replace"))
         elif message.prefix == TRUNCATE_PREFIX and (truncated := parse_truncated(message.content)):
             self._changes.append(truncated)
-        elif message.prefix == REHOME_PREFIX and (rehomed := parse_rehomed(message.content)):
-            self._changes.append(rehomed)
+        elif message.prefix in OWNER_PREFIXES and (
+            owner_change := parse_owner_change(message.prefix, message.content)
+        ):
+            self._changes.append(owner_change)
 
     def _close_piece(self, end_lsn: Lsn | None) -> None:
         if self._begin is None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mover.core.alignment import Difference, check_keys, judge_differences, operator_needed
 from mover.core.crash import reach
 from mover.core.errors import NotReady, PlanOutdated, TableUnfit, Unreachable, Where
-from mover.core.facts import Tenancy
+from mover.core.facts import ForeignKey, Tenancy
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.migration import Place
+from mover.core.ownership import holdings_in
 from mover.core.tables import Holding, MovedTable, Plan, Shape
 from mover.engine.preflight import judge, judge_again
 from mover.engine.site import Aligned, Link, Say
@@ -219,6 +220,10 @@ class PgSite:
     async def unguard_source(self, shape: Shape, say: Say) -> None:
         await self.source_fence.remove(say)
 
+    async def unguard_owned(self, shape: Shape, say: Say) -> None:
+        if any(table.owners for table in shape.tables):
+            await self.source_fence.unguard_owned(_holdings(shape, Side.SOURCE), say)
+
     async def unguard_target(self, shape: Shape, say: Say) -> None:
         await self.target_fence.remove(say)
 
@@ -256,15 +261,31 @@ class PgSite:
         return await clone.read_ddl(self.source, self.target, shape.schemas)
 
     async def _held_on_target(self, shape: Shape) -> list[Holding]:
-        """The target's tables in which we may have put rows of the tenant: not only the planned ones, since
-        an operator may have renamed one to follow the source."""
+        """The target's tables in which we may have put rows of the tenant, owners first: not only the planned
+        ones, since an operator may have renamed one to follow the source."""
+        schemas = self.target_place.schemas
         async with self.target.connect("undo") as conn:
-            tables = await catalog.tables_with_column(conn, self.target_place.schemas, self.tenancy.column)
-            owned = [h for h in _holdings(shape, Side.TARGET) if h.tenant_column is None]
-            there = await catalog.existing_tables(conn, [h.table for h in owned])
+            relations = [
+                r for r in await catalog.read_relations(conn, schemas) if r.kind in "rp" and r.root is None
+            ]
+            keys = [*await catalog.read_foreign_keys(conn, schemas), *_planned_keys(shape)]
+        if any(table.owners for table in shape.tables):  # which a fresh target's keys follow at the end
+            async with self.source.connect("undo") as conn:
+                found = await catalog.read_foreign_keys(conn, self.source_place.schemas)
+            keys += [
+                replace(k, child=self._on_target(k.child), parent=self._on_target(k.parent)) for k in found
+            ]
         exempt = self.tenancy.reference_tables | self.tenancy.ignore_tables
-        tenants = [t for t in tables if exempt.isdisjoint({str(t), str(self._on_source(t))})]
-        return [Holding(t, self.tenancy.column) for t in tenants] + [h for h in owned if h.table in there]
+        return holdings_in(
+            relations,
+            keys,
+            self.tenancy.column,
+            lambda table: not exempt.isdisjoint({str(table), str(self._on_source(table))}),
+        )
+
+    def _on_target(self, table: TableRef) -> TableRef:
+        schemas = dict(zip(self.source_place.schemas, self.target_place.schemas, strict=True))
+        return TableRef(schemas.get(table.schema, table.schema), table.name)
 
     def _on_source(self, table: TableRef) -> TableRef:
         schemas = dict(zip(self.target_place.schemas, self.source_place.schemas, strict=True))
@@ -286,6 +307,12 @@ async def _opened(sequences: PgSequences) -> AsyncIterator[PgSequences]:
 def _holdings(shape: Shape, side: Side) -> list[Holding]:
     """Each moved table on that side, parents first as far as foreign keys allow, owners always."""
     return sorted((t.holding(side) for t in shape.tables), key=lambda holding: holding.depth)
+
+
+def _planned_keys(shape: Shape) -> Iterator[ForeignKey]:
+    for table in shape.tables:
+        for owner in table.owners:
+            yield ForeignKey("", table.target, owner.target, owner.columns, owner.referenced)
 
 
 # Any role may call both functions (PostgreSQL 15 to 18).

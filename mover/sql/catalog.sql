@@ -103,7 +103,9 @@ SELECT c.oid::bigint AS oid, n.nspname::text AS schema, c.relname::text AS name,
 SELECT a.attrelid::bigint AS relation, a.attname::text AS name,
        format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AND unproven IS NULL AS not_null,
        unproven::text,
-       a.attgenerated::text AS generated, a.attidentity::text AS identity, a.attcollation <> 0 AS collatable
+       a.attgenerated::text AS generated, a.attidentity::text AS identity, a.attcollation <> 0 AS collatable,
+       coalesce((SELECT collisdeterministic FROM pg_collation l WHERE l.oid = a.attcollation), true)
+         AS deterministic
   FROM pg_attribute a
   LEFT JOIN LATERAL (SELECT k.conname AS unproven FROM pg_constraint k
                       WHERE k.conrelid = a.attrelid AND k.contype = 'n' AND NOT k.convalidated
@@ -172,13 +174,6 @@ SELECT c.conname::text AS name, cn.nspname::text AS child_schema, ct.relname::te
  WHERE c.contype = 'f' AND c.conparentid = 0
    AND (cn.nspname = ANY(%(schemas)s) OR pn.nspname = ANY(%(schemas)s))
  ORDER BY cn.nspname, ct.relname, c.conname;
-
--- name: tables_with_column
--- The tables of the schemas that have this column, but no partitions.
-SELECT n.nspname::text AS schema, c.relname::text AS name
-  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-  JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = %(column)s AND NOT a.attisdropped
- WHERE n.nspname = ANY(%(schemas)s) AND c.relkind IN ('r', 'p') AND NOT c.relispartition;
 
 -- name: sequences
 -- Sequences of the schemas and the table that owns each, by serial or identity column.

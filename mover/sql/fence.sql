@@ -84,29 +84,33 @@ END
 $truncate$;
 
 -- A row to which owned rows refer changed its tenant: theirs come or go with it, without a change of their
--- own. The arguments are the numbers of the columns referred to, which outlive a new name.
-CREATE OR REPLACE FUNCTION mover.{rehome_function}() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-AS $rehome$
+-- own. Or another tenant's gave its values up, which the next row may take while rows still refer to them.
+-- The arguments are the message's prefix and the numbers of the columns referred to, which outlive a new
+-- name. Dates are written as they are in the stream, whatever the writer's DateStyle.
+CREATE OR REPLACE FUNCTION mover.{tell_function}() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO, YMD'
+AS $tell$
 DECLARE
     referenced name;
-    before text;
-    after text;
+    value text;
     was jsonb := '{{}}';
     is_now jsonb := '{{}}';
 BEGIN
     FOR referenced IN
-        SELECT attname FROM pg_attribute WHERE attrelid = TG_RELID AND attnum = ANY (TG_ARGV::int2[])
+        SELECT attname FROM pg_attribute WHERE attrelid = TG_RELID AND attnum = ANY (TG_ARGV[1:]::int2[])
     LOOP
-        EXECUTE format('SELECT ($1).%1$I::text, ($2).%1$I::text', referenced) INTO before, after USING OLD, NEW;
-        was := was || jsonb_build_object(referenced, before);
-        is_now := is_now || jsonb_build_object(referenced, after);
+        EXECUTE format('SELECT ($1).%I::text', referenced) INTO value USING OLD;
+        was := was || jsonb_build_object(referenced, value);
+        IF TG_OP = 'UPDATE' THEN
+            EXECUTE format('SELECT ($1).%I::text', referenced) INTO value USING NEW;
+            is_now := is_now || jsonb_build_object(referenced, value);
+        END IF;
     END LOOP;
-    PERFORM pg_logical_emit_message(true, 'mover.rehome',
+    PERFORM pg_logical_emit_message(true, TG_ARGV[0],
         jsonb_build_array(TG_TABLE_SCHEMA, TG_TABLE_NAME, was, is_now)::text);
     RETURN NULL;
 END
-$rehome$;
+$tell$;
 
 -- name: owned_function
 -- Whether a row with these values is the tenant's: looked up in the rows that it refers to, as they are now,
@@ -137,13 +141,13 @@ DROP FUNCTION IF EXISTS {function}
 -- under our lock timeout. Repeatable; the caller asks the catalog first, so as not to take the lock.
 -- A partitioned table's row triggers stand on its partitions as well, those that come later included.
 CREATE OR REPLACE TRIGGER {insert_trigger} AFTER INSERT ON {table} FOR EACH ROW
-    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant} AND {inserted})
+    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value} AND {inserted})
     EXECUTE FUNCTION mover.{guard_function}();
 CREATE OR REPLACE TRIGGER {update_trigger} AFTER UPDATE ON {table} FOR EACH ROW
-    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant} AND {updated})
+    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value} AND {updated})
     EXECUTE FUNCTION mover.{guard_function}();
 CREATE OR REPLACE TRIGGER {delete_trigger} AFTER DELETE ON {table} FOR EACH ROW
-    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant} AND {deleted})
+    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value} AND {deleted})
     EXECUTE FUNCTION mover.{guard_function}();
 CREATE OR REPLACE TRIGGER {truncate_trigger} AFTER TRUNCATE ON {table} FOR EACH STATEMENT
     EXECUTE FUNCTION mover.{truncate_function}();
@@ -152,13 +156,28 @@ ALTER TABLE {table} ENABLE ALWAYS TRIGGER {update_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {delete_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {truncate_trigger};
 
--- name: guard_rehoming
+-- name: tell_of_rehoming
 -- On a table to which owned rows refer. Locks as above; repeatable.
 CREATE OR REPLACE TRIGGER {rehome_trigger} AFTER UPDATE ON {table} FOR EACH ROW
-    WHEN (OLD.{column} IS DISTINCT FROM NEW.{column} AND (OLD.{column} = {tenant} OR NEW.{column} = {tenant})
-          AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant})
-    EXECUTE FUNCTION mover.{rehome_function}({numbers});
+    WHEN (OLD.{column} IS DISTINCT FROM NEW.{column}
+          AND (OLD.{column} = {tenant_value} OR NEW.{column} = {tenant_value})
+          AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value})
+    EXECUTE FUNCTION mover.{tell_function}('mover.rehome', {numbers});
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {rehome_trigger};
+
+-- name: tell_of_vacating
+-- Where a foreign key of the owned rows is DEFERRABLE, so that they may wait for the next row with the same
+-- values. The tenant's own rows are in the stream. Locks as above; repeatable.
+CREATE OR REPLACE TRIGGER {rekey_trigger} AFTER UPDATE ON {table} FOR EACH ROW
+    WHEN (OLD.{column} IS DISTINCT FROM {tenant_value} AND ROW({old_values}) IS DISTINCT FROM ROW({new_values})
+          AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value})
+    EXECUTE FUNCTION mover.{tell_function}('mover.vacate', {numbers});
+CREATE OR REPLACE TRIGGER {vacate_trigger} AFTER DELETE ON {table} FOR EACH ROW
+    WHEN (OLD.{column} IS DISTINCT FROM {tenant_value}
+          AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value})
+    EXECUTE FUNCTION mover.{tell_function}('mover.vacate', {numbers});
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {rekey_trigger};
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {vacate_trigger};
 
 -- name: column_numbers
 -- Reads only.
@@ -181,19 +200,22 @@ SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.rel
  ORDER BY 1, 2
 
 -- name: guarded
--- The tables that carry triggers of this place, a partitioned one before its partitions, and whether all are
--- there and always fire, on each of its partitions, too. Reads only; locks none of them.
+-- The tables that carry triggers of this place, a partitioned one before its partitions: whether all that
+-- guard are there and always fire, on each of its partitions, too; and how many that tell of changes do.
+-- Reads only; locks none of them.
 WITH parts AS (
     SELECT c.oid, coalesce(pg_partition_root(c.oid), c.oid) AS root
       FROM pg_class c WHERE c.relkind IN ('r', 'p')
 ), found AS (
-    SELECT t.tgrelid, count(*) FILTER (WHERE t.tgname <> %(rehome)s) = 4 AND bool_and(t.tgenabled = 'A') AS whole,
-           bool_or(t.tgname = %(rehome)s) AS rehoming, bool_or(t.tgparentid = 0) AS made
-      FROM pg_trigger t WHERE t.tgname = ANY (%(triggers)s) GROUP BY t.tgrelid
+    SELECT t.tgrelid, count(*) FILTER (WHERE t.tgname = ANY (%(guarding)s) AND t.tgenabled = 'A') = 4 AS whole,
+           count(*) FILTER (WHERE t.tgname = ANY (%(telling)s) AND t.tgenabled = 'A') AS telling,
+           bool_or(t.tgparentid = 0) AS made
+      FROM pg_trigger t WHERE t.tgname = ANY (%(guarding)s::name[] || %(telling)s::name[]) GROUP BY t.tgrelid
 )
-SELECT n.nspname, c.relname, m.rehoming,
+SELECT n.nspname, c.relname,
        (SELECT coalesce(bool_and(coalesce(f.whole, false)), false)
-          FROM parts p LEFT JOIN found f ON f.tgrelid = p.oid WHERE p.root = c.oid)
+          FROM parts p LEFT JOIN found f ON f.tgrelid = p.oid WHERE p.root = c.oid),
+       m.telling
   FROM found m
   JOIN pg_class c ON c.oid = m.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE m.made
@@ -204,14 +226,22 @@ SELECT n.nspname, c.relname, m.rehoming,
 DROP TRIGGER IF EXISTS {insert_trigger} ON {table};
 DROP TRIGGER IF EXISTS {update_trigger} ON {table};
 DROP TRIGGER IF EXISTS {delete_trigger} ON {table};
-DROP TRIGGER IF EXISTS {rehome_trigger} ON {table};
 DROP TRIGGER IF EXISTS {truncate_trigger} ON {table};
+DROP TRIGGER IF EXISTS {rehome_trigger} ON {table};
+DROP TRIGGER IF EXISTS {rekey_trigger} ON {table};
+DROP TRIGGER IF EXISTS {vacate_trigger} ON {table};
+
+-- name: stop_telling
+-- Locks as above; repeatable.
+DROP TRIGGER IF EXISTS {rehome_trigger} ON {table};
+DROP TRIGGER IF EXISTS {rekey_trigger} ON {table};
+DROP TRIGGER IF EXISTS {vacate_trigger} ON {table};
 
 -- name: uninstall
 -- After the last trigger; repeatable.
 DROP FUNCTION IF EXISTS mover.{guard_function}();
 DROP FUNCTION IF EXISTS mover.{truncate_function}();
-DROP FUNCTION IF EXISTS mover.{rehome_function}();
+DROP FUNCTION IF EXISTS mover.{tell_function}();
 DROP FUNCTION IF EXISTS mover.{wait_function}();
 DROP SEQUENCE IF EXISTS mover.{state_sequence};
 DROP SEQUENCE IF EXISTS mover.{refused_sequence};

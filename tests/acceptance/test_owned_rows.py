@@ -39,6 +39,10 @@ def check_moved(scene, watch) -> None:
         others = binders.rows_of_others(watch.source_at_switch, "core_dms", scene.tenant)
         assert binders.rows_of_others(source, "core_dms", scene.tenant) == others
     watch.check_completed()
+    with psycopg.connect(scene.homes[CORE].url) as source:  # the tombstone stands, and in nobody's way
+        source.execute("alter table core_dms.binders alter code type varchar(99)")
+        source.execute("drop table core_dms.sheets cascade")
+        source.rollback()
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["fresh target", "beside other tenants"])
@@ -75,17 +79,40 @@ async def test_a_killed_daemon_takes_owned_rows_up_where_they_were(make_scene, p
     check_moved(scene, watch)
 
 
-async def test_cancelling_leaves_no_owned_rows_behind(make_scene, pg16, pg18):
-    scene = make_scene(pg16, pg18, shared=True)
-    prepare(scene, shared=True)
+@pytest.mark.parametrize(
+    "renamed",
+    ["", "the source", "both sides"],
+    ids=["as planned", "renamed on the source", "renamed on both"],
+)
+@pytest.mark.parametrize("shared", [False, True], ids=["fresh target", "beside other tenants"])
+async def test_cancelling_leaves_no_owned_rows_behind(make_scene, pg16, pg18, shared, renamed):
+    scene = make_scene(pg16, pg18, shared=shared)
+    prepare(scene, shared=shared)
     watch = scene.watch()
+    schemas = {CORE: "core_dms", ESTATE: "realestate_dms"}
+    places = {"": [], "the source": [CORE], "both sides": [CORE, ESTATE]}[renamed]
     async with scene.daemon() as stage:
         with holding_off(scene.homes[CORE], scene.tenant):
             await watch.submit(stage)
             await watch.until_row(lambda row: row["phase"] == "cutover")
+            for place in places:
+                rename(scene.homes[place].url, schemas[place])
             async with stage.client() as api:
                 await api.act(watch.id, "cancel")
             await watch.until("cancelled")
-    with psycopg.connect(scene.homes[ESTATE].url) as target:
-        assert not any(binders.rows_of(target, "realestate_dms", scene.tenant).values())
+    for place in places:
+        rename(scene.homes[place].url, schemas[place], back=True)
+    if shared:
+        with psycopg.connect(scene.homes[ESTATE].url) as target:
+            assert not any(binders.rows_of(target, "realestate_dms", scene.tenant).values())
     watch.check_undone("cancelled")
+
+
+def rename(url: str, schema: str, *, back: bool = False) -> None:
+    """An owned table, and in it the column that says whose a row is."""
+    there = ["table {schema}.sheets rename to pages", "table {schema}.pages rename binder_id to folder_id"]
+    again = ["table {schema}.pages rename folder_id to binder_id", "table {schema}.pages rename to sheets"]
+    with psycopg.connect(url) as conn:
+        if conn.execute("select to_regnamespace(%s)", (schema,)).fetchone() != (None,):
+            for change in again if back else there:
+                conn.execute(f"alter {change.format(schema=schema)}")

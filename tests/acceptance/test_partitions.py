@@ -68,7 +68,7 @@ class Doctor:
         self.transactions += 1
 
     async def _write(self, conn: psycopg.AsyncConnection, visits: dict[int, date]) -> None:
-        kind, number = self.random.randrange(8), self.random.randint(1, 30)
+        kind, number = self.random.randrange(11), self.random.randint(1, 30)
         named = {"t": self.tenant, "n": number, "day": JANUARY + timedelta(self.random.randrange(90))}
         if kind == 0 and self.transactions == 40:
             await conn.execute("truncate prescriptions_2025")

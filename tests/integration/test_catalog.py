@@ -426,3 +426,20 @@ async def test_an_owned_row_that_is_two_tenants_is_refused(sides):
     )
     plan = await plan_of(*sides)
     assert codes(plan) == ["cross_tenant_reference"]
+
+
+async def test_owners_told_by_texts_that_are_equal_without_being_the_same_are_refused(make_database, pg15):
+    """The server of this version is the one that is built with ICU."""
+    sides = [Database(Secret(make_database(pg15)), label) for label in ("source", "target")]
+    run(
+        sides[0],
+        "create schema core_dms; create collation core_dms.any_case"
+        " (provider = icu, locale = 'und-u-ks-level2', deterministic = false);"
+        "create table core_dms.labels"
+        " (name text collate core_dms.any_case primary key, tenant_id uuid not null);"
+        "create table core_dms.labelled (id int primary key, label text not null references core_dms.labels)",
+    )
+    plan = await plan_of(*sides, schemas={"core_dms": "realestate_dms"})
+    (refusal,) = [f for f in plan.refusals if f.table == TableRef("core_dms", "labelled")]
+    assert refusal.code == "owned_table"
+    assert "may be written differently" in refusal.message

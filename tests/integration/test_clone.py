@@ -9,8 +9,8 @@ import pytest
 
 from mover.core.errors import LeaseLost, Refused
 from mover.core.ids import Epoch, MigrationId, TableRef, TenantId
+from mover.core.ownership import holdings_in
 from mover.core.secret import Secret
-from mover.core.tables import Holding
 from mover.postgres import agent, catalog, clone, owner, pg_dump
 from mover.postgres.connect import Database, Identity
 from mover.postgres.fingerprint import differences, fingerprint
@@ -158,8 +158,8 @@ async def drop(target, migration):
 
 async def held(target):
     async with target.connect("test") as conn:
-        tables = await catalog.tables_with_column(conn, TARGETS, "tenant_id")
-    return [Holding(table, "tenant_id") for table in tables]
+        relations = await catalog.read_relations(conn, TARGETS)
+    return holdings_in(relations, [], "tenant_id", lambda _: False)
 
 
 @one_pair

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from mover.core.errors import CutoverAborted, LeaseLost, MoverError, Unreachable
-from mover.postgres import fence, owner
+from mover.postgres import fence, guards, owner
 from mover.postgres.fence import WrongState
 from tests.support.fencing import (
     CHANGES,
@@ -56,7 +56,7 @@ asyncio.run(main(*sys.argv[1:]))
 @pytest.fixture(params=["pg16", "pg18"])
 def url(request, make_database, monkeypatch) -> str:
     monkeypatch.setattr(fence, "MAX_HOLDER_AGE_S", 60)
-    monkeypatch.setattr(fence, "GUARD_WAIT_MS", GUARD_WAIT_MS)
+    monkeypatch.setattr(guards, "GUARD_WAIT_MS", GUARD_WAIT_MS)
     return make_database(request.getfixturevalue(request.param))
 
 

@@ -37,12 +37,13 @@ async def shape_of(source_url: str, target_url: str) -> Shape:
 
 
 @asynccontextmanager
-async def owned_rig(pair, binders_per_tenant=20):
+async def owned_rig(pair, binders_per_tenant=20, *, made=False):
     """Binders on both sides, those of other tenants on the target as well; what others refer to tells of a
     change of its tenant."""
     for url in (pair.source, pair.target):
         with psycopg.connect(url) as conn:
-            conn.execute(binders.ddl("app"))
+            if not made:
+                conn.execute(binders.ddl("app"))
             binders.make_ids(conn)
     with psycopg.connect(pair.source) as conn:
         binders.seed(conn, "app", [TENANT, OTHER], binders_per_tenant)
@@ -231,7 +232,11 @@ async def test_a_cascade_in_several_pieces_takes_every_child_with_it(pair, monke
     """The owners' deletions come first, in a piece of their own."""
     monkeypatch.setattr("mover.postgres.replication.PIECE_BYTES", 200)
     monkeypatch.setattr("mover.engine.follow.BATCH_BYTES", 1)
-    async with owned_rig(pair, binders_per_tenant=3) as r, r.following():
+    for url in (pair.source, pair.target):
+        with psycopg.connect(url) as conn:
+            conn.execute(binders.ddl("app").replace("deferrable initially deferred", ""))
+    async with owned_rig(pair, binders_per_tenant=3, made=True) as r, r.following():
+        execute(pair.source, "delete from app.labels")
         await r.copy().run()
         execute(
             pair.source,
@@ -267,3 +272,87 @@ async def test_a_writer_with_an_old_snapshot_sees_that_an_owner_changed_its_pare
             execute(pair.source, f"update app.sheets set binder_id = {of} where id = %s", TENANT, sheet)
             with pytest.raises(psycopg.errors.SerializationFailure):
                 writer.execute("insert into app.marks values (%s, 'late', 1)", (sheet,))
+
+
+_MADE_ANEW = {
+    "a binder, by two statements": [
+        "delete from app.binders where id = {binder}",
+        "insert into app.binders (id, tenant_id, code) values ({binder}, '{to}', 'anew')",
+    ],
+    "a binder's number, by one statement": [
+        "with old as (update app.binders set id = 700001 where id = {binder} returning id)"
+        " insert into app.binders (id, tenant_id, code) select {binder}, '{to}', 'anew' from old",
+    ],
+    "a sheet": [
+        "delete from app.sheets where id = {sheet}",
+        "insert into app.sheets (id, binder_id)"
+        " select {sheet}, min(id) from app.binders where tenant_id = '{to}'",
+    ],
+    "a sheet's number": [
+        "update app.sheets set id = 700002 where id = {sheet}",
+        "insert into app.sheets (id, binder_id)"
+        " select {sheet}, min(id) from app.binders where tenant_id = '{to}'",
+    ],
+}
+
+
+@pytest.mark.parametrize("statements", _MADE_ANEW.values(), ids=_MADE_ANEW)
+@pytest.mark.parametrize("comes", [True, False], ids=["to the tenant", "from the tenant"])
+async def test_what_waits_under_a_deferrable_key_goes_with_the_owner_made_anew(pair, statements, comes):
+    """Labels wait for their binder, slips for their sheet, without a change of their own."""
+    for url in (pair.source, pair.target):
+        with psycopg.connect(url) as conn:
+            conn.execute(binders.ddl("app"))
+            conn.execute(
+                "create table app.slips (id bigint primary key, sheet_id bigint not null"
+                " references app.sheets deferrable initially deferred)"
+            )
+    async with owned_rig(pair, binders_per_tenant=2, made=True) as r, r.following():
+        was, to = (OTHER, TENANT) if comes else (TENANT, OTHER)
+        execute(pair.source, "insert into app.slips select id, id from app.sheets")
+        execute(pair.source, "delete from app.remarks")
+        await r.copy().run()
+        ((binder,),) = execute(pair.source, "select min(id) from app.binders where tenant_id = %s", was)
+        ((sheet,),) = execute(pair.source, "select max(id) from app.sheets where binder_id = %s", binder)
+        if "app.binders" in statements[0]:
+            execute(pair.source, "delete from app.slips")
+        with psycopg.connect(pair.source) as conn:
+            for statement in statements:
+                conn.execute(statement.format(binder=binder, sheet=sheet, to=to))
+        await r.follower.catch_up_once()
+        assert await differences(r) == {}
+        owned = (
+            "select count(*) from app.slips where sheet_id = %s"
+            if "app.sheets" in statements[0]
+            else "select count(*) from app.labels where binder_id = %s"
+        )
+        number = sheet if "app.sheets" in statements[0] else binder
+        assert execute(pair.source, owned, number) == [(1,)]
+        assert execute(pair.target, owned, number) == [(int(comes),)]
+
+
+async def test_an_owner_told_by_a_date_is_found_whatever_the_writers_datestyle(pair):
+    """A row trigger tells of it, and writes dates as the stream does."""
+    ddl = (
+        "create schema app; create table app.days (day date primary key, tenant_id uuid not null);"
+        "create table app.entries (id bigint primary key, day date not null references app.days)"
+    )
+    for url in (pair.source, pair.target):
+        execute(url, ddl)
+    shape = await shape_of(pair.source, pair.target)
+    async with rig(pair.source, pair.target, subject=Subject(shape.tables, ddl="", identity="")) as r:
+        needs = [IdentityNeed(t.source, t.identity, t.key) for t in shape.tables]
+        await identity.ensure_identities(r.source, r.migration, needs, quiet)
+        fence = PgFence(r.source, TENANT, "v", r.source.identity, 1.0)
+        await fence.install([t.holding(Side.SOURCE) for t in shape.tables], "open", quiet)
+        execute(
+            pair.source, "insert into app.days values ('2026-02-03', %s), ('0044-03-15 BC', %s)", OTHER, OTHER
+        )
+        execute(pair.source, "insert into app.entries values (1, '2026-02-03'), (2, '0044-03-15 BC')")
+        async with r.following():
+            await r.copy().run()
+            with psycopg.connect(pair.source) as conn:
+                conn.execute("set datestyle = 'German'")
+                conn.execute("update app.days set tenant_id = %s", (TENANT,))
+            await r.follower.catch_up_once()
+            assert execute(pair.target, "select id from app.entries order by id") == [(1,), (2,)]

@@ -61,19 +61,27 @@ async def test_a_partitioned_table_is_planned_as_one(pair):
     execute(pair.source, "CREATE SEQUENCE app.own OWNED BY app.visits_archive.minutes")
     plan = await plan_of(pair.source, pair.target, {"app": "clinic"})
     assert plan.refusals == ()
-    assert [t.source.name for t in plan.shape.tables] == ["patients", "readings", "visits", "prescriptions"]
+    assert [t.source.name for t in plan.shape.tables] == [
+        "patients",
+        "readings",
+        "results",
+        "visits",
+        "prescriptions",
+    ]
     assert {n for n, of in plan.classes.items() if of == "tenant"} == {f"app.{n}" for n in medical.TABLES}
     assert plan.classes["app.prescriptions_2026"] == plan.classes["app.prescriptions_2026_a"] == "partition"
     assert plan.facts["replica_identity_changes"] == []
     assert [str(s.source) for s in plan.shape.sequences] == ["app.own", "app.visits_id_seq"]
-    assert plan.facts["rows"] == 730
-    visits = plan.shape.tables[2]
+    assert plan.facts["rows"] == 830
+    assert [t.source.name for t in plan.shape.tables if not t.is_filtered] == ["results"]
+    assert [f.code for f in plan.findings] == ["partition_unfiltered"]
+    visits = plan.shape.tables[3]
     assert visits.estimated_rows == 300 and visits.estimated_bytes > 0
 
 
 UNFIT = {
-    "a key without the tenant": (
-        "create table app.bare (tenant_id uuid not null, day date primary key) partition by range (day)",
+    "no key": (
+        "create table app.bare (tenant_id uuid not null, day date not null) partition by range (day)",
         [("partition_key", "app.bare")],
     ),
     "an identity that somebody changed": (
@@ -435,6 +443,14 @@ MOVES = (
     "INSERT INTO app.visits (tenant_id, day, ward, patient)"
     " SELECT tenant_id, '2026-03-10', ward, id FROM app.patients",
     "DELETE FROM app.visits WHERE day BETWEEN '2026-02-10' AND '2026-02-12'",
+    # Told by the row, not by the key: everybody's are sent.
+    "UPDATE app.results SET value = value + 1",
+    "UPDATE app.results SET taken = taken + 365 WHERE value < 50 AND taken < '2026-01-01'",
+    "UPDATE app.results SET tenant_id ="
+    " CASE tenant_id WHEN '{TENANT}' THEN '{OTHER}' ELSE '{TENANT}' END::uuid WHERE value > 70",
+    "UPDATE app.results SET taken = taken - 200, tenant_id ="
+    " CASE tenant_id WHEN '{TENANT}' THEN '{OTHER}' ELSE '{TENANT}' END::uuid WHERE value BETWEEN 60 AND 70",
+    "DELETE FROM app.results WHERE value < 30",
 )
 
 
@@ -443,15 +459,33 @@ async def test_rows_that_change_partition_arrive_once(pair, small_batch, monkeyp
     monkeypatch.setattr("mover.postgres.apply.SMALL_BATCH", small_batch)
     async with moving(pair) as r:
         await r.copy().run()
-        assert await expect_equal(r) == 730
+        assert await expect_equal(r) == 830
         others = others_on_the_target(r)
         for statement in MOVES:
             execute(r.source_url, statement.replace("{TENANT}", str(TENANT)).replace("{OTHER}", str(OTHER)))
             await expect_equal(r)
         with psycopg.connect(r.source_url) as conn:  # once more in one transaction
-            for statement in MOVES[:7]:
-                conn.execute(statement)
+            for statement in (*MOVES[:7], *MOVES[-5:]):
+                conn.execute(statement.replace("{TENANT}", str(TENANT)).replace("{OTHER}", str(OTHER)))
         await expect_equal(r)
+        assert others_on_the_target(r) == others
+
+
+async def test_a_partition_made_under_way_without_the_tenant_in_its_key_hinders_nobody(pair):
+    """Its replica identity is the key: with a row filter every update in it would fail."""
+    async with moving(pair) as r:
+        await r.copy().run()
+        others = others_on_the_target(r)
+        for url in (r.source_url, r.target_url):
+            execute(
+                url,
+                "CREATE TABLE app.results_2027 PARTITION OF app.results"
+                " FOR VALUES FROM ('2027-01-01') TO ('2028-01-01')",
+            )
+        execute(r.source_url, "UPDATE app.results SET taken = taken + 500 WHERE value > 50")
+        execute(r.source_url, "UPDATE app.results SET value = value + 1 WHERE taken > '2027-01-01'")
+        await expect_equal(r)
+        assert execute(r.target_url, "SELECT count(*) > 0 FROM app.results_2027") == [(True,)]
         assert others_on_the_target(r) == others
 
 
@@ -476,9 +510,9 @@ async def test_a_key_change_moves_a_row_between_partitions_of_the_target(pair):
         await r.copy().run()
         updates = "UPDATE app.prescriptions SET id = id + 1000, drug = drug || '!' WHERE year = 2025"
         execute(r.source_url, updates)
-        assert await expect_equal(r) == 730
+        assert await expect_equal(r) == 830
         execute(r.source_url, updates.replace("2025", "2026"))
-        assert await expect_equal(r) == 730
+        assert await expect_equal(r) == 830
         assert execute(r.target_url, "SELECT count(*) FROM app.low") == [(0,)]
 
 
@@ -493,7 +527,7 @@ async def test_a_truncated_partition_is_emptied_of_the_tenants_rows_only_and_in_
                 f"INSERT INTO app.readings SELECT '{TENANT}', gen_random_uuid(), g FROM"
                 " generate_series(1, 30) g"
             )
-        assert 0 < await expect_equal(r) < 730 + 30
+        assert 0 < await expect_equal(r) < 830 + 30
         execute(r.source_url, "TRUNCATE app.prescriptions_2026")
         await expect_equal(r)
         assert execute(r.target_url, READ_2026, TENANT) == [(0,)]
@@ -579,7 +613,7 @@ async def test_the_tenants_rows_are_removed_partition_by_partition_in_bounded_ba
     async with moving(pair) as r:
         before = [tenant_multiset(r.source_url, *table, OTHER) for table in MEDICAL]
         tables = [t.holding(Side.SOURCE) for t in r.subject.tables]
-        assert await removal.remove_rows(r.source, tables, TENANT, r.source.identity, quiet) == 730
+        assert await removal.remove_rows(r.source, tables, TENANT, r.source.identity, quiet) == 830
         assert max(batches) == 20
-        assert [tenant_multiset(r.source_url, *table, TENANT).count for table in MEDICAL] == [0] * 4
+        assert [tenant_multiset(r.source_url, *table, TENANT).count for table in MEDICAL] == [0] * len(MEDICAL)
         assert [tenant_multiset(r.source_url, *table, OTHER) for table in MEDICAL] == before

@@ -139,7 +139,8 @@ def examples() -> Mapping[str, Facts]:
         "inheritance": facts(table("documents", inherits=True)),
         "foreign_table": facts(table("documents"), table("remote", kind="f")),
         "materialized_view": facts(table("documents"), table("totals", kind="m")),
-        "partition_key": facts(*partitioned(), table("visits", kind="p", indexes=(KEY,))),
+        "partition_key": facts(table("visits", kind="p", indexes=())),
+        "partition_unfiltered": facts(table("visits", kind="p", indexes=(KEY,))),
         "partition_outside": facts(table("documents"), foreign_root),
         "partition_identity": facts(*partitioned(replica_identity="n")),
         "partition_foreign_key": facts(

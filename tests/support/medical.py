@@ -1,4 +1,6 @@
-"""A medical record: everything in it is partitioned, in every way that PostgreSQL has, also on two levels."""
+"""A medical record: everything in it is partitioned, in every way that PostgreSQL has, also on two levels.
+
+The key of results does not contain the tenant."""
 
 from __future__ import annotations
 
@@ -75,8 +77,23 @@ create table {schema}.prescriptions_2026_a partition of {schema}.prescriptions_2
 create table {schema}.prescriptions_2026_other partition of {schema}.prescriptions_2026 default;
 alter table {schema}.prescriptions attach partition {schema}.prescriptions_2026
   for values from (2026) to (2027);
+
+create table {schema}.results (
+  id uuid not null,
+  taken date not null,
+  tenant_id uuid not null,
+  value numeric not null,
+  report text,
+  primary key (id, taken)
+) partition by range (taken);
+create table {schema}.results_2025 partition of {schema}.results for values from (minvalue) to ('2026-01-01');
+create table {schema}.results_2026 partition of {schema}.results
+  for values from ('2026-01-01') to ('2027-01-01');
+alter table {schema}.results_2025 alter report set storage external;
+alter table {schema}.results_2026 alter report set storage external;
+create index on {schema}.results (tenant_id, value);
 """
-TABLES = ("patients", "prescriptions", "readings", "visits")
+TABLES = ("patients", "prescriptions", "readings", "results", "visits")
 # Rows of one tenant.
 ROWS = """
 insert into {schema}.patients
@@ -92,6 +109,9 @@ select '{tenant}', 2025 + g % 2, substr('abcd', 1 + g % 4, 1), g, v.id, v.day, '
   from generate_series(1, 100) g
   join (select id, day, row_number() over (order by id) as n from {schema}.visits
          where tenant_id = '{tenant}') v on v.n = g;
+insert into {schema}.results
+select gen_random_uuid(), '2025-07-01'::date + g * 3, '{tenant}', g, repeat(md5(g::text), 100)
+  from generate_series(1, 100) g;
 """
 
 

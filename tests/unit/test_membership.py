@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from mover.core.changes import UNCHANGED, Delete, Insert, Rehomed, Relation, RelationColumn, Update
+from dataclasses import replace
+
+from mover.core.changes import UNCHANGED, Delete, Insert, Rehomed, Relation, RelationColumn, Update, Vacated
 from mover.core.ids import TableRef
-from mover.core.membership import Membership, owning, questions
+from mover.core.membership import Membership, followed, questions
 from mover.core.tables import Column, MovedTable, Owner
 
 BINDERS, SHEETS, MARKS = (TableRef("app", name) for name in ("binders", "sheets", "marks"))
@@ -21,7 +23,7 @@ def owner(ref: TableRef, column: str, **rest) -> Owner:
 
 OF_BINDERS = owner(BINDERS, "binder", tenant_column="tenant")
 OF_SHEETS = owner(SHEETS, "sheet", tenant_column=None, owners=(OF_BINDERS,))
-TABLES = owning(
+TABLES = followed(
     [
         moved(BINDERS, "id tenant", tenant_column="tenant", referenced=(("id",),)),
         moved(SHEETS, "id binder body", tenant_column=None, owners=(OF_BINDERS,), referenced=(("id",),)),
@@ -46,7 +48,7 @@ def key_of(relation, found):
 
 
 def membership(keys=None, values=None) -> Membership:
-    return Membership(TABLES, key_of, keys or {}, values or {})
+    return Membership(TABLES, "T", key_of, keys or {}, values or {})
 
 
 def test_a_child_is_the_tenants_by_the_parent_that_came_just_before_it():
@@ -96,7 +98,7 @@ def test_what_entered_is_looked_for_under_its_later_key_too():
 def test_a_child_that_came_before_its_parent_is_looked_for_again():
     early = owner(BINDERS, "binder", tenant_column="tenant", deferrable=True)
     sheets = moved(SHEETS, "id binder body", tenant_column=None, owners=(early,))
-    known = Membership({**TABLES, SHEETS: sheets}, key_of, {}, {})
+    known = Membership({**TABLES, SHEETS: sheets}, "T", key_of, {}, {})
     parent = Insert(BINDER, row("b", "T"))
     assert list(known.tenants([Insert(SHEET, row("s", "b", "")), parent])) == [parent]
     assert known.rehomed == {(BINDERS, ("id",)): {("b",)}}
@@ -126,3 +128,51 @@ def test_the_target_is_asked_for_owned_rows_and_for_what_they_refer_to():
     asked = questions(changes, TABLES, key_of)
     assert asked.keys == {SHEETS: {("s",), ("s2",)}, MARKS: {("m",), ("n",)}}
     assert asked.values == {(BINDERS, ("id",)): {("b",)}}
+
+
+def waiting(keys=None, values=None) -> Membership:
+    """Sheets may wait for their binder, and marks for their sheet."""
+    of_binders = owner(BINDERS, "binder", tenant_column="tenant", deferrable=True)
+    of_sheets = owner(SHEETS, "sheet", tenant_column=None, owners=(of_binders,), deferrable=True)
+    tables = {
+        BINDERS: TABLES[BINDERS],
+        SHEETS: replace(TABLES[SHEETS], owners=(of_binders,)),
+        MARKS: replace(TABLES[MARKS], owners=(of_sheets,)),
+    }
+    return Membership(tables, "T", key_of, keys or {}, values or {})
+
+
+B, S = (BINDERS, ("id",)), (SHEETS, ("id",))
+
+
+def test_what_waits_for_a_binder_that_another_tenant_may_make_anew_is_told():
+    known = waiting({}, {B: {("b",)}})
+    list(known.tenants([Delete(BINDER, row("b", "T"))]))
+    assert known.left == {B: {("b",)}}
+    list(known.tenants([Insert(BINDER, row("b", "T"))]))
+    assert known.left == {B: set()}
+
+
+def test_what_waited_for_a_binder_that_the_tenant_makes_anew_is_looked_for():
+    known = waiting()
+    list(known.tenants([Vacated(BINDERS, {"id": "b"}), Insert(BINDER, row("c", "T"))]))
+    assert known.rehomed == {}
+    list(known.tenants([Insert(BINDER, row("b", "T"))]))
+    assert known.rehomed == {B: {("b",)}}
+
+
+def test_what_another_tenants_binder_gave_up_may_be_told_after_the_tenants_has_taken_it():
+    """A row trigger fires when the statement has made all its changes."""
+    known = waiting()
+    list(known.tenants([Insert(BINDER, row("b", "T")), Vacated(BINDERS, {"id": "b"})]))
+    assert known.rehomed == {B: {("b",)}}
+    assert questions([Vacated(BINDERS, {"id": "b"})], known.tables, key_of).values == {B: {("b",)}}
+
+
+def test_a_sheet_made_anew_under_another_binder_takes_its_marks_along():
+    known = waiting({SHEETS: {("s",)}}, {B: {("ours",)}, S: {("s",)}})
+    list(known.tenants([Delete(SHEET, row("s", None, None)), Insert(SHEET, row("s", "theirs", ""))]))
+    assert known.left == {S: {("s",)}}
+    known = waiting({}, {B: {("ours",)}})
+    list(known.tenants([Delete(SHEET, row("s", None, None)), Insert(SHEET, row("s", "ours", ""))]))
+    assert known.rehomed == {S: {("s",)}}

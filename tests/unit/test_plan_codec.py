@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mover.core.ids import Side, TableRef
@@ -53,6 +53,7 @@ plans = st.builds(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # they measure the machine
 @given(plans)
 def test_a_plan_survives_json(plan: Plan) -> None:
     assert decode_plan(json.loads(json.dumps(encode_plan(plan)))) == plan
