@@ -88,6 +88,12 @@ class SchemaChanged(MoverError):
     code, remedy = "schema_changed", Remedy.PAUSE
 
 
+class DanglingReferences(MoverError):
+    """Rows refer to rows that do not move with them, which they did not when the migration was planned."""
+
+    code, remedy = "dangling_references", Remedy.PAUSE
+
+
 class TableUnfit(SchemaChanged):
     """`where.table` is not one that can be moved, or its changes came without what tells rows apart. Once
     an operator has mended it, it is copied anew: what was streamed meanwhile may be wrong."""

@@ -192,6 +192,8 @@ class Work:
         match error.remedy:
             case Remedy.RETRY:
                 await self._try_later(error)
+            case Remedy.PAUSE if self.claim.migration.status is Status.MONITORING:
+                await self._try_later(error)  # the tenant is served: it waits for the operator by itself
             case Remedy.PAUSE if not undoing:
                 await self.store.set_status(self.claim, Status.PAUSED, error=facts)
                 await self.store.release(self.claim)

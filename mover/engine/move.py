@@ -249,13 +249,17 @@ class Move:
                         following = tasks.create_task(follower.run(), name="follower")
                         async with self._phase(Phase.COPY):
                             await copy.run()
-                        async with self._phase(Phase.INDEX), follower.paused():
-                            await self.site.build_rest(shape)
-                            await self.site.check_schemas(shape)
+                        async with self._phase(Phase.INDEX):
+                            await follower.catch_up_once()  # foreign keys: with what has been corrected
+                            async with follower.paused():
+                                await self.site.build_rest(shape)
+                                await self.site.check_schemas(shape)
                         async with self._phase(Phase.CATCH_UP):
                             await self._catch_up(follower)
                             await verification.check_schemas()
                         async with self._phase(Phase.VERIFY):
+                            await verification.until_small()
+                            await self.site.check_references(shape)
                             await verification.until_small()
                         async with self._phase(Phase.CUTOVER):
                             await self._cut_over(shape, world, follower, verification)
@@ -441,6 +445,8 @@ class Move:
 
     async def _clean_up(self, shape: Shape) -> None:
         async with self._phase(Phase.CLEANUP):
+            # What others refer to would be gone without a word: foreign keys do not act on what we remove.
+            await self.site.check_references(shape)
             await self._step("cleanup.source_rows", self.site.remove_source_rows, shape, self._say)
             await self._step("cleanup.owned_guards", self.site.unguard_owned, shape, self._wait_for)
             # Only now: the index that it needed finds the tenant's rows for the deletes, too.

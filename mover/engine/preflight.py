@@ -11,7 +11,7 @@ from mover.core.ddl import rename_schemas
 from mover.core.facts import Facts, Relation, ServerFacts
 from mover.core.tables import Column, Finding, MovedTable, Plan, SequenceRef, Shape
 from mover.engine import ordinary_roles, table_classes
-from mover.engine.preflight_checks import CHECKS, TABLE_CHECKS, listed
+from mover.engine.preflight_checks import CHECKS, TABLE_CHECKS, across_tenants, listed
 from mover.engine.table_classes import Classes
 
 
@@ -50,6 +50,12 @@ def judge_again(facts: Facts, before: Shape) -> tuple[Shape, tuple[Finding, ...]
     refusals = tuple(finding for finding in findings if not finding.warning)
     kept = replace(shape, tables=tuple(tables), fresh=before.fresh, careful=before.careful)
     return kept, refusals
+
+
+def judge_references(facts: Facts) -> tuple[Finding, ...]:
+    """The refusals that rows can bring which refer across tenants."""
+    findings = across_tenants(facts, table_classes.classify(facts))
+    return tuple(finding for finding in findings if not finding.warning)
 
 
 def _shape(facts: Facts, classes: Classes, ordered: list[Relation]) -> Shape:

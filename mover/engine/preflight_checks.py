@@ -237,7 +237,7 @@ def _references(facts: Facts, classes: Classes) -> Iterator[Finding]:
         )
 
 
-def _across_tenants(facts: Facts, _: Classes) -> Iterator[Finding]:
+def across_tenants(facts: Facts, _: Classes) -> Iterator[Finding]:
     for found, of, to in (
         (facts.foreign_parents, "the tenant", "other tenants'"),
         (facts.foreign_children, "other tenants", "the tenant's"),
@@ -483,7 +483,7 @@ CHECKS: tuple[Callable[[Facts, Classes], Iterator[Finding]], ...] = (
     _foreign_keys_of_partitions,
     _foreign_keys_from_outside,
     _references,
-    _across_tenants,
+    across_tenants,
     _orphans,
     _existing_target,
     _subscriptions,

@@ -105,6 +105,10 @@ class Site(Protocol):
         """Raises PlanOutdated when `align` has something to do, SchemaChanged when an operator has."""
         ...
 
+    async def check_references(self, shape: Shape) -> None:
+        """Raises DanglingReferences when rows refer across tenants that did not when it was planned."""
+        ...
+
     async def carry_remarks(self, shape: Shape, say: Say) -> None:
         """A fresh target has the comments and privileges that the source has now; `check_schemas` has
         passed."""

@@ -18,7 +18,7 @@ from psycopg.rows import dict_row
 
 from mover.core import ddl
 from mover.core.ddl import Created, Statement
-from mover.core.errors import LockNotAvailable, Refused, first_error
+from mover.core.errors import DanglingReferences, LockNotAvailable, Refused, Where, first_error
 from mover.core.ids import MigrationId, TableRef, TenantId
 from mover.core.tables import Holding
 from mover.postgres import catalog, owner, pg_dump
@@ -248,6 +248,13 @@ async def _run_held(conn: Connection, target: Database, statement: Statement) ->
                 return
         except errors.DeadlockDetected:
             continue
+        except errors.ForeignKeyViolation as error:
+            made = ddl.created(statement.sql)
+            raise DanglingReferences(
+                f"{target.label}: rows refer to rows that are not there, by {statement.name}",
+                where=Where(table=made.on if made else None),
+                hint="Correct these references on the source, and resume.",
+            ) from error
     raise LockNotAvailable(f"{target.label}: {statement.type.lower()} {statement.name} met deadlocks")
 
 

@@ -64,6 +64,17 @@ async def gather(
         return await _Gathering(_Server(ours, source.label), _Server(theirs, target.label), base).run()
 
 
+async def gather_references(source: Database, target: Database, base: Facts) -> Facts:
+    """`base` with the rows that refer across tenants now."""
+    async with source.connect("references") as ours, target.connect("references") as theirs:
+        gathering = _Gathering(_Server(ours, source.label), _Server(theirs, target.label), base)
+        return replace(
+            base,
+            foreign_children=await gathering.across_tenants(of_child=False),
+            foreign_parents=await gathering.across_tenants(of_child=True),
+        )
+
+
 async def _read(conn: Connection, schemas: Collection[str], label: str) -> SideFacts:
     with translate(label):
         return await catalog.read_side(conn, schemas, label)
@@ -102,8 +113,8 @@ class _Gathering:
             parents_outside=outside,
             differences=await self._differences(),
             missing_references=await self._missing_references(outside),
-            foreign_children=await self._across_tenants(of_child=False),
-            foreign_parents=await self._across_tenants(of_child=True),
+            foreign_children=await self.across_tenants(of_child=False),
+            foreign_parents=await self.across_tenants(of_child=True),
             collisions=await self._collisions(),
             orphans=await self._orphans(),
         )
@@ -249,7 +260,7 @@ class _Gathering:
         ).format(table, sql.SQL(" AND ").join(match))
         return await self._against(self._referenced_values(key), like, query)
 
-    async def _across_tenants(self, *, of_child: bool) -> tuple[Dangling, ...]:
+    async def across_tenants(self, *, of_child: bool) -> tuple[Dangling, ...]:
         """Rows that refer across tenants: the tenant's own (`of_child`), or others' to the tenant's."""
         column = self.base.tenancy.column
         readable = {r.ref for r in self._readable}

@@ -9,20 +9,20 @@ from dataclasses import dataclass, field, replace
 
 from mover.core.alignment import Difference, check_keys, judge_differences, operator_needed
 from mover.core.crash import reach
-from mover.core.errors import NotReady, PlanOutdated, TableUnfit, Unreachable, Where
+from mover.core.errors import DanglingReferences, NotReady, PlanOutdated, TableUnfit, Unreachable, Where
 from mover.core.facts import ForeignKey, Tenancy
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.migration import Place
 from mover.core.ownership import holdings_in
 from mover.core.tables import Holding, MovedTable, Plan, Shape
-from mover.engine.preflight import judge, judge_again
+from mover.engine.preflight import judge, judge_again, judge_references
 from mover.engine.site import Aligned, Link, Say
 from mover.postgres import agent, align, catalog, clone, identity, publication, remarks
 from mover.postgres.align import Look
 from mover.postgres.bulk import BulkCopier
 from mover.postgres.connect import Database, Identity
 from mover.postgres.digests import open_readers
-from mover.postgres.facts import gather
+from mover.postgres.facts import gather, gather_references
 from mover.postgres.fence import PgFence
 from mover.postgres.identity import IdentityNeed
 from mover.postgres.points import Points
@@ -115,6 +115,12 @@ class PgSite:
         look = await self._look(shape)
         if self._to_follow(look, shape, is_built=True) or self._planned_again(look, shape) != shape:
             raise PlanOutdated("the source's schemas have changed since the migration was planned")
+
+    async def check_references(self, shape: Shape) -> None:
+        facts = (await self._look(shape)).facts
+        for refusal in judge_references(await gather_references(self.source, self.target, facts)):
+            where = Where(self.tenant, refusal.table)
+            raise DanglingReferences(refusal.message, where=where, hint=refusal.hint)
 
     async def _look(self, shape: Shape) -> Look:
         return await align.look(self.source, self.target, shape.schemas, self.tenancy, self.tenant)

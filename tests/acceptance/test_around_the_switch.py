@@ -164,3 +164,55 @@ async def test_a_halted_migration_keeps_no_slot_and_halts_again(pg16, pg18, make
 def fence_of(scene: Scene, watch: Watch) -> PgFence:
     identity = Identity(MigrationId(UUID(watch.id)), Epoch(0))
     return PgFence(Database(Secret(watch.source.url), "test", identity, 1), watch.tenant, CORE, identity, 1)
+
+
+REFER = "update core_dms.documents set folder_id = %s where id = %s"
+A_DOCUMENT = "select id, folder_id from core_dms.documents where tenant_id = %s order by id desc limit 1"
+
+
+@pytest.mark.parametrize(
+    ("point", "said"),
+    [
+        ("copy.begun", "documents documents_folder_id_fkey"),
+        ("catch_up.begun", "1 row of the tenant in core_dms.documents"),
+    ],
+)
+async def test_a_reference_to_another_tenants_row_that_comes_under_way_stops_the_switch(
+    pg16, pg18, make_scene, point, said
+):
+    """On the target it would find nothing, though a foreign key says it does."""
+    scene = make_scene(pg16, pg18)
+    core = scene.homes[CORE]
+    ((document, folder),) = core.execute(A_DOCUMENT, scene.tenant)
+    ((_, theirs),) = core.execute(A_DOCUMENT, scene.tenants[1].id)
+    async with scene.frozen_at(point) as (watch, stage, workload):
+        core.execute(REFER, theirs, document)
+        stage.send_signal(SIGCONT)
+        await watch.until("paused")
+        assert (watch.row["switched_at"], watch.row["error"]["code"]) == (None, "dangling_references")
+        assert said in watch.row["error"]["message"]
+        core.execute(REFER, folder, document)
+        assert (await stage.run("resume", watch.id))[0] == 0
+        await watch.until("completed")
+    clean(workload.report())
+    watch.check_completed()
+
+
+async def test_rows_to_which_another_tenants_came_to_refer_are_not_removed(pg16, pg18, make_scene):
+    """Foreign keys do not act on what the clean-up deletes: theirs would refer to nothing."""
+    scene = make_scene(pg16, pg18)
+    core = scene.homes[CORE]
+    ((_, folder),) = core.execute(A_DOCUMENT, scene.tenant)
+    ((document, theirs),) = core.execute(A_DOCUMENT, scene.tenants[1].id)
+    async with scene.frozen_at("monitor.begun") as (watch, stage, workload):
+        await watch.until_row(lambda row: row["switched_at"] is not None)
+        core.execute(REFER, folder, document)
+        stage.send_signal(SIGCONT)
+        await watch.until_row(lambda row: (row["error"] or {}).get("code") == "dangling_references")
+        assert "1 row of other tenants in core_dms.documents" in watch.row["error"]["message"]
+        assert core.execute("select count(*) > 0 from core_dms.folders where id = %s", folder) == [(True,)]
+        core.execute(REFER, theirs, document)
+        watch.take_others()
+        await watch.until("completed")
+    clean(workload.report())
+    watch.check_completed()
