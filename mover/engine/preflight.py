@@ -11,8 +11,10 @@ from mover.core.ddl import rename_schemas
 from mover.core.facts import Facts, Relation, ServerFacts
 from mover.core.tables import Column, Finding, MovedTable, Plan, SequenceRef, Shape
 from mover.engine import ordinary_roles, table_classes
-from mover.engine.preflight_checks import CHECKS, TABLE_CHECKS, across_tenants, listed
+from mover.engine.preflight_checks import CHECKS, TABLE_CHECKS
+from mover.engine.reference_checks import across_tenants
 from mover.engine.table_classes import Classes
+from mover.engine.wording import listed
 
 
 def judge(facts: Facts) -> Plan:

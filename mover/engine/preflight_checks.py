@@ -5,22 +5,13 @@ A finding says which object and why; its hint says what to do, as a statement wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from mover.core.facts import Facts, PublicationFacts, Relation
 from mover.core.tables import Finding
-from mover.engine.partitions import partial_foreign_keys
+from mover.engine import reference_checks, server_checks
 from mover.engine.table_classes import Classes
-
-# Older minor releases can decode with a stale catalog after DDL and lose changes.
-OLDEST_MINOR: Mapping[int, int] = {15: 13, 16: 9, 17: 5}
-_SHOWN = 5  # of a long list, in one message
-
-
-def listed(names: Iterable[str]) -> str:
-    every = list(names)
-    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
-    return ", ".join(every[:_SHOWN]) + more
+from mover.engine.wording import SHOWN, counted, listed
 
 
 def _places(facts: Facts, _: Classes) -> Iterator[Finding]:
@@ -66,83 +57,6 @@ def _class_findings(_: Facts, classes: Classes) -> Iterator[Finding]:
     yield from classes.findings
 
 
-def _source_server(facts: Facts, _: Classes) -> Iterator[Finding]:
-    server = facts.source.server
-    if server.wal_level != "logical":
-        yield Finding(
-            "wal_level",
-            f"wal_level is {server.wal_level} on the source, so that changes cannot be followed",
-            "ALTER SYSTEM SET wal_level = logical; then restart the source.",
-        )
-    if not server.replication:
-        yield Finding(
-            "no_replication",
-            f"role {server.role} lacks REPLICATION on the source",
-            f'ALTER ROLE "{server.role}" REPLICATION;',
-        )
-    for what, free, setting in (
-        ("replication slot", server.slots_max - server.slots_used, "max_replication_slots"),
-        ("WAL sender", server.senders_max - server.senders_used, "max_wal_senders"),
-    ):
-        if free < 1:
-            yield Finding(
-                f"no_free_{setting.removeprefix('max_')}",
-                f"the source has no free {what}",
-                f"Drop unused slots, or raise {setting} and restart the source.",
-            )
-    oldest = OLDEST_MINOR.get(server.major)
-    if oldest is not None and server.version_num % 10000 < oldest:
-        yield Finding(
-            "old_minor",
-            f"PostgreSQL {server.version} on the source can lose changes while decoding",
-            f"Update it to {server.major}.{oldest} or later.",
-        )
-    if server.slot_wal_keep_mb >= 0:
-        yield Finding(
-            "slot_wal_keep",
-            f"max_slot_wal_keep_size is {server.slot_wal_keep_mb} MB on the source: a slot that falls further"
-            " behind is lost",
-            "Raise it when the migration is expected to write more than that.",
-            warning=True,
-        )
-
-
-def _both_servers(facts: Facts, _: Classes) -> Iterator[Finding]:
-    for side, server in (("source", facts.source.server), ("target", facts.target.server)):
-        if server.in_recovery:
-            yield Finding("standby", f"the {side} is a standby", "Give the URL of the primary.")
-        if server.pooled:
-            yield Finding(
-                "pooler",
-                f"a connection pooler stands in front of the {side}",
-                "Give a URL that reaches PostgreSQL directly: snapshots and locks need one session.",
-            )
-        if not server.may_create_schema:
-            yield Finding(
-                "no_create",
-                f"role {server.role} may not create schemas on the {side}",
-                f'GRANT CREATE ON DATABASE "{server.database}" TO "{server.role}";',
-            )
-        if server.connections_free < facts.connections_wanted:
-            yield Finding(
-                "few_connections",
-                f"{server.connections_free} connections are free on the {side},"
-                f" up to {facts.connections_wanted} may be used",
-                "Lower engine.max_connections_per_database, or raise max_connections.",
-                warning=True,
-            )
-        if server.long_transactions:
-            oldest = server.long_transactions[0]
-            yield Finding(
-                "long_transactions",
-                f"{len(server.long_transactions)} transactions are older than a minute on the {side};"
-                f" the oldest, of {oldest.application or 'an unnamed application'}"
-                f" (pid {oldest.pid or 'none'}), is {oldest.age_seconds:.0f} s old",
-                "Preparing waits for them: end them, or expect a delay.",
-                warning=True,
-            )
-
-
 def _forced_row_security(facts: Facts, classes: Classes) -> Iterator[Finding]:
     """It would apply to us as the owner of the clone."""
     server = facts.target.server
@@ -181,97 +95,6 @@ def _triggers(_: Facts, classes: Classes) -> Iterator[Finding]:
                 )
 
 
-def _foreign_keys_of_partitions(facts: Facts, classes: Classes) -> Iterator[Finding]:
-    yield from partial_foreign_keys(facts, classes.partitions)
-
-
-def _foreign_keys_from_outside(facts: Facts, classes: Classes) -> Iterator[Finding]:
-    moved = {relation.ref for relation in classes.moved}
-    known = {r.ref for r in classes.touched} | {r for r, name in classes.names.items() if name == "refused"}
-    for key in facts.source.foreign_keys:
-        if key.parent in moved and key.child not in known:
-            yield Finding(
-                "referenced_from_outside",
-                f"foreign key {key.name} of {key.child}, which is not moved, refers to {key.parent}",
-                f"Move {key.child} as well, or drop the foreign key.",
-                table=key.parent,
-            )
-
-
-def _references(facts: Facts, classes: Classes) -> Iterator[Finding]:
-    moved = {relation.ref for relation in classes.moved}
-    for key in facts.source.foreign_keys:
-        parent = facts.mapped(key.parent)
-        inside = key.parent.schema in facts.schemas
-        if key.child in moved and key.parent not in moved and not inside:
-            if parent not in facts.parents_outside:
-                yield Finding(
-                    "reference_table_missing",
-                    f"{key.child} refers to {parent}, which is not on the target",
-                    f"Create {parent} on the target and load its rows.",
-                    table=key.child,
-                )
-    role = facts.target.server.role
-    for table, privileges in sorted(facts.parents_outside.items()):
-        needed = {"SELECT", "REFERENCES"} if facts.fresh else {"SELECT"}
-        if missing := listed(sorted(needed - privileges)):
-            yield Finding(
-                "no_privilege_on_parent",
-                f"role {role} lacks {missing} on {table} on the target, to which moved tables refer",
-                f'GRANT USAGE ON SCHEMA {table.schema} TO "{role}"; GRANT {missing} ON {table} TO "{role}";',
-                table=table,
-            )
-    for dangling in facts.missing_references:
-        key, parent = dangling.foreign_key, facts.mapped(dangling.foreign_key.parent)
-        if key.parent.schema not in facts.schemas and parent not in facts.parents_outside:
-            continue  # said above
-        where = "its schema is not there yet" if facts.fresh and key.parent.schema in facts.schemas else ""
-        yield Finding(
-            "references_missing" if dangling.count is not None else "references_unchecked",
-            f"{_count(dangling.count, 'value')} of {key.child} ({', '.join(key.child_columns)})"
-            f" {'are' if dangling.count is not None else 'may be'} missing in {parent} on the target"
-            + (f": {where}" if where else ""),
-            f"Load the rows of {parent} on the target; tables that are not moved must be there before.",
-            table=key.child,
-            warning=dangling.count is None,
-        )
-
-
-def across_tenants(facts: Facts, _: Classes) -> Iterator[Finding]:
-    for found, of, to in (
-        (facts.foreign_parents, "the tenant", "other tenants'"),
-        (facts.foreign_children, "other tenants", "the tenant's"),
-    ):
-        for dangling in found:
-            key = dangling.foreign_key
-            yield Finding(
-                "cross_tenant_reference" if dangling.count is not None else "cross_tenant_unchecked",
-                f"{_count(dangling.count, 'row')} of {of} in {key.child}"
-                f" {'refer' if dangling.count is not None else 'may refer'} to {to} rows in {key.parent}"
-                f" by {key.name}",
-                "Correct these references: they cannot survive a move.",
-                table=key.child,
-                warning=dangling.count is None,
-            )
-
-
-def _count(count: int | None, noun: str) -> str:
-    if count is None:
-        return f"an uncounted number of {noun}s"
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def _orphans(facts: Facts, _: Classes) -> Iterator[Finding]:
-    for table, count in sorted(facts.orphans.items()):
-        yield Finding(
-            "orphans",
-            f"{_count(count, 'row')} of {table} refer to nothing that says whose they are",
-            "They are nobody's, and stay on the source.",
-            table=table,
-            warning=True,
-        )
-
-
 def _existing_target(facts: Facts, classes: Classes) -> Iterator[Finding]:
     if facts.fresh:
         return
@@ -285,7 +108,7 @@ def _existing_target(facts: Facts, classes: Classes) -> Iterator[Finding]:
         yield Finding(
             "target_differs",
             f"the target's schemas differ from the source's in {len(facts.differences)} places: "
-            + "; ".join(facts.differences[:_SHOWN]),
+            + "; ".join(facts.differences[:SHOWN]),
             "Bring both sides to the same version of the application's schema.",
         )
     for table in facts.target_tenant_tables:
@@ -299,7 +122,7 @@ def _existing_target(facts: Facts, classes: Classes) -> Iterator[Finding]:
         unknown = collision.count is None
         yield Finding(
             "collision_unchecked" if unknown else "collision",
-            f"{_count(collision.count, 'value')} of the tenant in {collision.table}"
+            f"{counted(collision.count, 'value')} of the tenant in {collision.table}"
             f" {'may be' if unknown else 'are'} taken on the target by other tenants"
             f" (index {collision.index})",
             "A colliding row stops the migration while it is copied; nothing is overwritten."
@@ -474,17 +297,17 @@ CHECKS: tuple[Callable[[Facts, Classes], Iterator[Finding]], ...] = (
     _places,
     _tenant_known,
     _class_findings,
-    _source_server,
-    _both_servers,
+    server_checks.source_server,
+    server_checks.both_servers,
     _forced_row_security,
     _ownership,
     _identity_indexes,
     _triggers,
-    _foreign_keys_of_partitions,
-    _foreign_keys_from_outside,
-    _references,
-    across_tenants,
-    _orphans,
+    reference_checks.foreign_keys_of_partitions,
+    reference_checks.foreign_keys_from_outside,
+    reference_checks.references,
+    reference_checks.across_tenants,
+    reference_checks.orphans,
     _existing_target,
     _subscriptions,
     _publications,
@@ -496,8 +319,8 @@ TABLE_CHECKS: tuple[Callable[[Facts, Classes], Iterator[Finding]], ...] = (
     _class_findings,
     _ownership,
     _triggers,
-    _foreign_keys_of_partitions,
-    _foreign_keys_from_outside,
+    reference_checks.foreign_keys_of_partitions,
+    reference_checks.foreign_keys_from_outside,
     _subscriptions,
     _publications,
 )
