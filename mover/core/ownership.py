@@ -90,7 +90,8 @@ def _next(
     known: Mapping[TableRef, tuple[ForeignKey, ...]],
     candidates: Mapping[TableRef, Relation],
 ) -> dict[TableRef, tuple[ForeignKey, ...]]:
-    """The tables that `reached` ones own: by a foreign key that is always given, or only then by others."""
+    """The tables that `reached` ones own: by a foreign key that is always given, or only then by others, and
+    first those that can have none of that kind."""
     open_keys = {
         table: [key for key in keys if key.parent in reached]
         for table, keys in leading.items()
@@ -103,7 +104,15 @@ def _next(
     }
     if given:
         return {table: (keys[0],) for table, keys in given.items()}
-    return {table: tuple(keys) for table, keys in open_keys.items() if keys}
+    others = {table: tuple(keys) for table, keys in open_keys.items() if keys}
+    waiting = {
+        key.child
+        for keys in leading.values()
+        for key in keys
+        if key.parent in leading.keys() - reached
+        if set(key.child_columns) <= candidates[key.child].not_null
+    }
+    return {table: keys for table, keys in others.items() if table not in waiting} or others
 
 
 def _unfit(
