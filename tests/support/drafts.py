@@ -114,8 +114,8 @@ class Table:
     roams: bool  # rows may change their tenant
     partition_by: str  # "PARTITION BY …" or nothing
 
-    def is_of(self, tenant: UUID, row: str = "r") -> str:
-        return f"{of_row(self.whose, row)} = '{tenant}'"
+    def is_of(self, tenant: UUID) -> str:
+        return f"{of_row(self.whose, 'r')} = '{tenant}'"
 
     @property
     def unchanged(self) -> str:
