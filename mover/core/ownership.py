@@ -91,7 +91,7 @@ def _next(
     candidates: Mapping[TableRef, Relation],
 ) -> dict[TableRef, tuple[ForeignKey, ...]]:
     """The tables that `reached` ones own: by a foreign key that is always given, or only then by others, and
-    first those that can have none of that kind."""
+    first those of which all that they refer to is known."""
     open_keys = {
         table: [key for key in keys if key.parent in reached]
         for table, keys in leading.items()
@@ -105,13 +105,8 @@ def _next(
     if given:
         return {table: (keys[0],) for table, keys in given.items()}
     others = {table: tuple(keys) for table, keys in open_keys.items() if keys}
-    waiting = {
-        key.child
-        for keys in leading.values()
-        for key in keys
-        if key.parent in leading.keys() - reached
-        if set(key.child_columns) <= candidates[key.child].not_null
-    }
+    unknown = leading.keys() - reached
+    waiting = {key.child for keys in leading.values() for key in keys if key.parent in unknown}
     return {table: keys for table, keys in others.items() if table not in waiting} or others
 
 

@@ -46,6 +46,16 @@ def test_it_decides_also_where_what_it_refers_to_is_told_by_others():
     assert deciding(tables, keys) == {"sheets": ["a", "b"], "marks": ["c"]}
 
 
+def test_all_that_may_be_null_decide_however_far_the_tenant_is():
+    tables = [table("binders"), owned("sheets", binder=True), owned("marks", sheet=True, binder=True)]
+    keys = [
+        named("a", "sheets", "binders", ("binder",)),
+        named("b", "marks", "binders", ("binder",)),
+        named("c", "marks", "sheets", ("sheet",)),
+    ]
+    assert deciding(tables, keys) == {"sheets": ["a"], "marks": ["b", "c"]}
+
+
 def test_where_none_that_is_always_given_leads_to_the_tenant_any_of_the_others_does():
     tables = [
         table("binders"),
