@@ -77,8 +77,13 @@ class ColumnFacts:
     generated: str  # "", "s" (stored) or "v" (virtual)
     identity: str  # "", "a" (always) or "d" (by default)
     collatable: bool
+    collation: str = ""  # as SQL; "" for the database's own, or none
     deterministic: bool = True  # the collation: only equal texts are equal
     unproven: str | None = None  # the NOT NULL constraint that is NOT VALID
+
+    def is_collated_apart(self, other: ColumnFacts) -> bool:
+        """Whether the two cannot be compared without saying by which collation."""
+        return self.collation != other.collation and bool(self.collation and other.collation)
 
     @property
     def can_name_tenants(self) -> bool:

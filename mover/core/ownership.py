@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mover.core.facts import Facts, ForeignKey, Relation
+from mover.core.facts import ColumnFacts, Facts, ForeignKey, Relation
 from mover.core.ids import Side, TableRef
 from mover.core.tables import Holding, Owner, ties
 
@@ -136,7 +136,8 @@ def _next(
     known: Mapping[TableRef, tuple[ForeignKey, ...]],
     candidates: Mapping[TableRef, Relation],
 ) -> dict[TableRef, tuple[ForeignKey, ...]]:
-    """The tables that `reached` ones own: by a foreign key that is always given, or only then by others."""
+    """The tables that `reached` ones own: by a foreign key that is always given, or only then by others, and
+    first those of which all that they refer to is known."""
     open_keys = {
         table: [key for key in keys if key.parent in reached]
         for table, keys in leading.items()
@@ -149,7 +150,10 @@ def _next(
     }
     if given:
         return {table: (keys[0],) for table, keys in given.items()}
-    return {table: tuple(keys) for table, keys in open_keys.items() if keys}
+    others = {table: tuple(keys) for table, keys in open_keys.items() if keys}
+    unknown = leading.keys() - reached
+    waiting = {key.child for keys in leading.values() for key in keys if key.parent in unknown}
+    return {table: keys for table, keys in others.items() if table not in waiting} or others
 
 
 def _unfit(
@@ -167,6 +171,10 @@ def _unfit(
     is_optional = not set(keys[table][0].child_columns) <= child.not_null
     if is_optional and any(key.child == key.parent == table for key in foreign_keys):
         return "may belong to the tenant by a row of its own only"
+    if is_optional and any(
+        key.child == table and key.parent in keys and key not in keys[table] for key in foreign_keys
+    ):
+        return "may belong to the tenant by rows that belong to it by its own"
     for key in keys[table]:
         if why := _unfit_key(key, child, relations[key.parent]):
             return f"by {key.name} {why}"
@@ -181,12 +189,15 @@ def _unfit_key(key: ForeignKey, child: Relation, parent: Relation) -> str | None
     if not set(key.parent_columns) <= parent.not_null:
         return f"refers to columns of {parent.ref} that allow NULL"
     pairs = zip(key.child_columns, key.parent_columns, strict=True)
-    if not all(_written_alike(child, mine, parent, other) for mine, other in pairs):
+    columns = [(child.column(mine), parent.column(other)) for mine, other in pairs]
+    if not all(_written_alike(*both) for both in columns):
         return f"refers to {parent.ref} by columns whose equal values may be written differently"
+    if any(mine and other and mine.is_collated_apart(other) for mine, other in columns):
+        return f"refers to {parent.ref} by columns of another collation, which cannot be joined"
     return None
 
 
-def _written_alike(child: Relation, name: str, parent: Relation, referenced: str) -> bool:
-    columns = [c for c in (child.column(name), parent.column(referenced)) if c is not None]
-    types = {column.type.partition("(")[0] for column in columns}
-    return all(c.deterministic for c in columns) and any(types <= alike for alike in _SAME_LETTERS)
+def _written_alike(*columns: ColumnFacts | None) -> bool:
+    there = [column for column in columns if column is not None]
+    types = {column.type.partition("(")[0] for column in there}
+    return all(c.deterministic for c in there) and any(types <= alike for alike in _SAME_LETTERS)

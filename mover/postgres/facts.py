@@ -273,12 +273,30 @@ class _Gathering:
             mine, others = ("c", "p") if of_child else ("p", "c")
             tables = {"c": key.child, "p": key.parent}
             query = _across_query(
-                key, self._is_tenants(tables[mine], mine), self._is_tenants(tables[others], others)
+                self._joined(key),
+                key,
+                self._is_tenants(tables[mine], mine),
+                self._is_tenants(tables[others], others),
             )
             count = await self.source.bounded(CROSS_CHECK_TIMEOUT_S, query)
             if count != 0:
                 found.append(Dangling(key, count))
         return tuple(found)
+
+    def _joined(self, key: ForeignKey) -> sql.Composed:
+        """The rows `c` that refer to the rows `p`."""
+        relations = (self.base.source.relation(key.child), self.base.source.relation(key.parent))
+        equal = []
+        for child, parent in zip(key.child_columns, key.parent_columns, strict=True):
+            mine, theirs = (r and r.column(name) for r, name in zip(relations, (child, parent), strict=True))
+            apart = mine and theirs and mine.is_collated_apart(theirs)
+            by = (
+                sql.SQL("COLLATE {} ").format(_deparsed(theirs.collation))
+                if apart and theirs
+                else sql.SQL("")
+            )
+            equal.append(sql.SQL("c.{} {}= p.{}").format(sql.Identifier(child), by, sql.Identifier(parent)))
+        return sql.SQL(" AND ").join(equal)
 
     async def _orphans(self) -> Mapping[TableRef, int | None]:
         """Rows of owned tables that refer to none of their owners."""
@@ -409,13 +427,11 @@ def _unique_values(table: TableRef, index: IndexFacts, condition: sql.Composed) 
     )
 
 
-def _across_query(key: ForeignKey, mine: sql.Composed, others: sql.Composed) -> sql.Composed:
-    match = [
-        sql.SQL("c.{} = p.{}").format(sql.Identifier(child), sql.Identifier(parent))
-        for child, parent in zip(key.child_columns, key.parent_columns, strict=True)
-    ]
+def _across_query(
+    joined: sql.Composed, key: ForeignKey, mine: sql.Composed, others: sql.Composed
+) -> sql.Composed:
     return sql.SQL("SELECT count(*) FROM {} c JOIN {} p ON {} WHERE {} AND NOT ({})").format(
-        holdings.named(key.child), holdings.named(key.parent), sql.SQL(" AND ").join(match), mine, others
+        holdings.named(key.child), holdings.named(key.parent), joined, mine, others
     )
 
 

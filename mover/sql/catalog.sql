@@ -104,6 +104,8 @@ SELECT a.attrelid::bigint AS relation, a.attname::text AS name,
        format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AND unproven IS NULL AS not_null,
        unproven::text,
        a.attgenerated::text AS generated, a.attidentity::text AS identity, a.attcollation <> 0 AS collatable,
+       CASE WHEN a.attcollation IN (0, 'pg_catalog."default"'::regcollation) THEN ''
+            ELSE a.attcollation::regcollation::text END AS collation,
        coalesce((SELECT collisdeterministic FROM pg_collation l WHERE l.oid = a.attcollation), true)
          AS deterministic
   FROM pg_attribute a

@@ -133,3 +133,20 @@ async def test_row_security_arrives_at_a_fresh_target_after_the_rows(servers):
         "CREATE POLICY p ON «0».t USING (false)",
     ]
     await moves(servers, FRESH, ddl, [f"INSERT INTO «0».t VALUES ({T}, 1)"])
+
+
+async def test_rows_that_refer_to_a_tenants_by_two_foreign_keys_go_by_the_one_that_is_given(servers):
+    """Also where whose that row is, is told by foreign keys that may be NULL."""
+    ddl = [
+        "CREATE TABLE «0».binders (tenant_id uuid NOT NULL, id int PRIMARY KEY)",
+        "CREATE TABLE «0».sheets (id int PRIMARY KEY, binder int REFERENCES «0».binders)",
+        "CREATE TABLE «0».marks (id int PRIMARY KEY, sheet int NOT NULL REFERENCES «0».sheets,"
+        " binder int REFERENCES «0».binders)",
+    ]
+    seeds = [
+        f"INSERT INTO «0».binders VALUES ({T}, 1), ('{OTHER}', 2)",
+        "INSERT INTO «0».sheets VALUES (1, 1), (2, 2)",
+        "INSERT INTO «0».marks VALUES (1, 1, 1), (2, 2, 2), (3, 1, NULL), (4, 2, NULL)",
+    ]
+    added = "INSERT INTO «0».marks VALUES (5, 1, NULL), (6, 1, 1)"
+    await moves(servers, ONE_BY_ONE, ddl, seeds, copy=[added], verify=["DELETE FROM «0».marks WHERE id = 6"])

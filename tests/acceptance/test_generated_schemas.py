@@ -1,7 +1,8 @@
 """Random schemas, random transactions before, during and after a move: both sides are equal in the end.
 
 Each part has a seed of its own, so that a failure comes again. `GENERATED_EXAMPLES` (of each part) and
-`GENERATED_SEED` make long runs; `GENERATED_SHRINK=1` looks for the smallest failure, which takes minutes.
+`GENERATED_SEED` make long runs, `GENERATED_OWNED=1` those with owned tables only; `GENERATED_SHRINK=1` looks
+for the smallest failure, which takes minutes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tests.support.shapes import KEYS
 
 EXAMPLES = int(os.environ.get("GENERATED_EXAMPLES", "10"))
 FIRST_SEED = int(os.environ.get("GENERATED_SEED", "0"))
+OWNED = bool(os.environ.get("GENERATED_OWNED"))
 PHASES = [Phase.generate, *([Phase.shrink] if os.environ.get("GENERATED_SHRINK") else [])]
 VERSIONS = [("pg16", "pg18"), ("pg18", "pg16"), ("pg15", "pg15"), ("pg18", "pg18")]
 # What identifies the first table's rows, where the tenant goes, and between which servers.
@@ -54,6 +56,7 @@ def test_a_generated_schema_moves_under_a_generated_history(
                 key,
                 major=min(source_server.version, target_server.version),
                 rich_build=both_15,
+                owned=OWNED,
             )
         )
         def moves(example: Example) -> None:

@@ -443,3 +443,22 @@ async def test_owners_told_by_texts_that_are_equal_without_being_the_same_are_re
     (refusal,) = [f for f in plan.refusals if f.table == TableRef("core_dms", "labelled")]
     assert refusal.code == "owned_table"
     assert "may be written differently" in refusal.message
+
+
+async def test_keys_of_different_collations_are_joined_or_refused_by_name(sides):
+    """PostgreSQL compares them in a foreign key, but not without being told how elsewhere."""
+    run(
+        sides[0],
+        'create table core_dms.labels (name text collate "C.utf8" primary key, tenant_id uuid not null);'
+        'create table core_dms.labelled (id int primary key, label text collate "C" not null'
+        " references core_dms.labels);"
+        "create table core_dms.printed (id int primary key, tenant_id uuid not null,"
+        ' label text collate "C" not null references core_dms.labels);'
+        f"insert into core_dms.labels values ('mine', '{TENANT}');"
+        f"insert into core_dms.printed values (1, '{OTHER}', 'mine')",
+    )
+    plan = await plan_of(*sides)
+    found = {str(f.table): f for f in plan.refusals}
+    assert codes(plan) == ["cross_tenant_reference", "owned_table"]
+    assert "another collation" in found["core_dms.labelled"].message
+    assert found["core_dms.printed"].message.startswith("1 row of other tenants")

@@ -1,7 +1,7 @@
 """What generated schemas are made of: tables in the making, and finished ones.
 
 Texts hold `«0»`, `«1»` for the quoted schema of each service, so that the same text makes the source's
-schemas and the target's.
+schemas and the target's, and `«r»` for the alias of a row.
 """
 
 from __future__ import annotations
@@ -81,14 +81,30 @@ class Reference:
     columns: tuple[str, ...]
     parent: str  # «0»."name"
     parent_columns: tuple[str, ...]
-    parent_tenant: str
+    parent_whose: str  # as Table.whose
     nullable: bool
+    may_cross: bool = False  # to another tenant's row, when either changes its tenant
+
+    @property
+    def matches(self) -> str:
+        """Whether «r»o is the row that «r» refers to; collations of their own have no common one."""
+        pairs = zip(self.columns, self.parent_columns, strict=True)
+        return " AND ".join(
+            f'«r»o.{quoted(theirs)}::text COLLATE "C" = «r».{quoted(mine)}::text COLLATE "C"'
+            for mine, theirs in pairs
+        )
+
+    @property
+    def whose(self) -> str:
+        """The tenant of the row that «r» refers to."""
+        return f"(SELECT {of_row(self.parent_whose, '«r»o')} FROM {self.parent} AS «r»o WHERE {self.matches})"
 
 
 @dataclass(frozen=True)
 class Table:
     name: str  # «0»."name"
-    tenant: str  # its tenant column
+    tenant: str | None  # its tenant column
+    whose: str  # the tenant of the row «r»
     columns: tuple[Column, ...]
     key: tuple[str, ...]
     constraints: tuple[str, ...]
@@ -97,6 +113,15 @@ class Table:
     swaps: tuple[str, ...]  # columns with unique values
     roams: bool  # rows may change their tenant
     partition_by: str  # "PARTITION BY …" or nothing
+
+    def is_of(self, tenant: UUID) -> str:
+        return f"{of_row(self.whose, 'r')} = '{tenant}'"
+
+    @property
+    def unchanged(self) -> str:
+        """An assignment of a column to itself."""
+        column = self.tenant or quoted(self.references[0].columns[0])
+        return f"{column} = {column}"
 
     def create(self, *, reordered: bool = False) -> list[str]:
         columns = [f"{c.q} {c.ddl}" for c in self.columns]
@@ -114,6 +139,24 @@ class Schema:
     tables: tuple[Table, ...]
     before: tuple[str, ...]  # types, sequences, functions
 
+    @property
+    def roaming_owners(self) -> list[Table]:
+        """Tables whose rows may change their tenant, and those that refer to them with them."""
+        owners = {r.parent for table in self.tables if table.tenant is None for r in table.references}
+        return [table for table in self.tables if table.name in owners and table.roams]
+
+    @property
+    def crossings(self) -> list[str]:
+        """Whether rows refer to another tenant's, for every foreign key by which they could."""
+        return [
+            f"EXISTS (SELECT FROM {table.name} AS r JOIN {reference.parent} AS ro"
+            f" ON {of_row(reference.matches, 'r')}"
+            f" WHERE {of_row(table.whose, 'r')} IS DISTINCT FROM {of_row(reference.parent_whose, 'ro')})"
+            for table in self.tables
+            for reference in table.references
+            if reference.may_cross
+        ]
+
     def create(self, *, reordered: bool = False) -> list[str]:
         schemas = [f"CREATE SCHEMA «{n}»" for n in range(len(self.services))]
         tables = [statement for table in self.tables for statement in table.create(reordered=reordered)]
@@ -126,7 +169,7 @@ class Draft:
 
     service: int
     raw_name: str
-    tenant: str
+    tenant: str | None  # None: its rows are the tenant's by `owners`
     tenant_type: str
     earlier: Sequence[Draft]
     major: int  # the older of both servers'
@@ -138,6 +181,7 @@ class Draft:
     after: list[str] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
     references: list[Reference] = field(default_factory=list)
+    owners: list[Reference] = field(default_factory=list)
     swaps: list[str] = field(default_factory=list)
     roams: bool = True
     partition_by: str = ""
@@ -145,6 +189,12 @@ class Draft:
     @property
     def name(self) -> str:
         return f"«{self.service}».{quoted(self.raw_name)}"
+
+    @property
+    def whose(self) -> str:
+        if self.tenant is not None:
+            return f"«r».{quoted(self.tenant)}"
+        return f"coalesce({', '.join(owner.whose for owner in self.owners)})"
 
     @property
     def plain_key(self) -> bool:
@@ -173,7 +223,8 @@ class Draft:
         constraints = [*([f"PRIMARY KEY ({key})"] if self.key else []), *self.constraints]
         return Table(
             name=self.name,
-            tenant=quoted(self.tenant),
+            tenant=None if self.tenant is None else quoted(self.tenant),
+            whose=self.whose,
             columns=tuple(self.columns),
             key=self.key,
             constraints=tuple(constraints),
@@ -187,3 +238,7 @@ class Draft:
 
 def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
+
+
+def of_row(text: str, alias: str) -> str:
+    return text.replace("«r»", alias)

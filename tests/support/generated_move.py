@@ -31,7 +31,8 @@ from mover.postgres.store import Store
 from tests.support.drafts import TENANT, Draw, Schema
 from tests.support.places import Place, assert_same
 from tests.support.queue import ORGANIZATIONS, platform_database
-from tests.support.shapes import Key, schemas
+from tests.support.schemas import schemas
+from tests.support.shapes import Key
 from tests.support.timelines import Gate, Timeline, neighbours, seeding, timelines
 from tests.support.writers import Writers
 
@@ -69,14 +70,15 @@ class Example:
             [f"-- {self.tuning}", *(f"{line};" for line in lines), *(str(step) for step in self.timeline)]
         )
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return f"<{self.tuning}>"  # the rest is in the failure's note
 
 
 @st.composite
 def examples(
-    draw: Draw, target: str, first_key: Key, *, major: int = 16, rich_build: bool = False
+    draw: Draw, target: str, first_key: Key, *, major: int = 16, rich_build: bool = False, owned: bool = False
 ) -> Example:
-    schema = draw(schemas(first_key, major=major, rich_build=rich_build))
+    schema = draw(schemas(first_key, major=major, rich_build=rich_build, owned=owned))
     tuning = Tuning(
         target=target,
         reordered=draw(st.booleans()),
@@ -298,6 +300,7 @@ class _Run:
             if step.name == "monitor":
                 await self.writers.end_all()
                 self._check_the_switch()
+                self._check_the_fence()
                 self.writers.switched = True
             if step.name == "cleanup":
                 await self.writers.end_all()
@@ -322,6 +325,13 @@ class _Run:
             there, there_called, _ = theirs[name]
             given = last + increment * called, there + increment * there_called
             assert given[0] * increment <= given[1] * increment, f"sequence {name} lags: {given}"
+
+    def _check_the_fence(self) -> None:
+        """Who writes the tenant's rows where they were is told that they have moved."""
+        for table in self.example.schema.tables:
+            if self.source.run(f"SELECT FROM {table.name} AS r WHERE {table.is_of(TENANT)}"):
+                changed = f"UPDATE {table.name} AS r SET {table.unchanged} WHERE {table.is_of(TENANT)}"
+                assert self.source.refuses(changed), f"the fence is open: {changed}"
 
     def _rows_to_keep(self) -> dict[str, Counter[str]]:
         kept = {f"source/{n}": r for n, r in self.source.rows(self.column, TENANT, others=True).items()}

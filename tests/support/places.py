@@ -48,6 +48,18 @@ class Place:
             except psycopg.errors.IntegrityError:
                 continue
 
+    def run(self, statement: str) -> int:
+        """How many rows it found or changed."""
+        return self.conn.execute(self.text(statement)).rowcount
+
+    def refuses(self, statement: str) -> bool:
+        """Whether the tenant has moved."""
+        try:
+            self.run(statement)
+        except psycopg.errors.ReadOnlySqlTransaction:
+            return True
+        return False
+
     def empty(self) -> None:
         for schema in self.schemas:
             self.conn.execute(sql.SQL("drop schema if exists {} cascade").format(sql.Identifier(schema)))
@@ -62,11 +74,42 @@ class Place:
     def rows(self, tenant_column: str, *tenants: UUID, others: bool = False) -> dict[str, Counter[str]]:
         """The rows of these tenants, or of all others, by table without its schema."""
         return {
-            f"{self.schemas.index(table[0])}.{table[1]}": _contents(
-                self.conn, table, tenant_column, tenants, others
-            )
-            for table in tenant_tables_on(self.conn, self.schemas, tenant_column)
+            f"{self.schemas.index(table[0])}.{table[1]}": _contents(self.conn, table, whose, tenants, others)
+            for table, whose in self._whose(tenant_column).items()
         }
+
+    def _whose(self, tenant_column: str) -> dict[Table, sql.Composable]:
+        """By table, the tenant of its row `r`: in its column, or that of a row it refers to."""
+        column = sql.SQL("r.{}").format(sql.Identifier(tenant_column))
+        tables = tenant_tables_on(self.conn, self.schemas, tenant_column)
+        found: dict[Table, sql.Composable] = dict.fromkeys(tables, column)
+        keys = [
+            (tuple(child), tuple(parent), ours, referenced)
+            for child, parent, ours, referenced in self.conn.execute(FOREIGN_KEYS, {"schemas": self.schemas})
+        ]
+
+        def of_row(table: Table, row: str, below: frozenset[Table]) -> sql.Composable:
+            if table in tables:
+                return sql.Identifier(row, tenant_column)
+            parents = [
+                sql.SQL("(select {} from {} as {} where {})").format(
+                    of_row(parent, row + "o", below | {table}),
+                    sql.Identifier(*parent),
+                    sql.Identifier(row + "o"),
+                    sql.SQL(" and ").join(
+                        sql.SQL('{}::text collate "C" = {}::text collate "C"').format(
+                            sql.Identifier(row + "o", theirs), sql.Identifier(row, mine)
+                        )
+                        for mine, theirs in zip(ours, referenced, strict=True)
+                    ),
+                )
+                for child, parent, ours, referenced in keys
+                if child == table and parent not in {table, *below}
+            ]
+            return sql.SQL("coalesce({})").format(sql.SQL(", ").join([*parents, sql.NULL]))
+
+        owned = sorted({child for child, *_ in keys} - found.keys())
+        return found | {table: of_row(table, "r", frozenset()) for table in owned}
 
     def leftovers(self) -> list[str]:
         return sorted(leftovers_on(self.conn))
@@ -89,7 +132,7 @@ class Place:
 
 
 def _contents(
-    conn: psycopg.Connection, table: Table, tenant_column: str, tenants: Sequence[UUID], others: bool
+    conn: psycopg.Connection, table: Table, whose: sql.Composed, tenants: Sequence[UUID], others: bool
 ) -> Counter[str]:
     """Each row as the text and the binary form of its columns, by name."""
     columns = conn.execute(COLUMNS, table).fetchall()
@@ -99,16 +142,28 @@ def _contents(
         for part in (sql.SQL("{0}::text"), sql.SQL("encode({1}({0}), 'hex')"))[: 2 if send else 1]
     )
     # Names may hold a percent sign: no parameters.
-    query = sql.SQL("select row({})::text from {} where ({}::text = any({})) is {}").format(
+    query = sql.SQL("select row({})::text from {} as r where (({})::text = any({})) is {}").format(
         values,
         sql.Identifier(*table),
-        sql.Identifier(tenant_column),
+        whose,
         sql.Literal([str(t) for t in tenants]),
         sql.SQL(str(not others)),
     )
     return Counter(row for (row,) in conn.execute(query))
 
 
+FOREIGN_KEYS = """
+select array[cn.nspname, c.relname], array[pn.nspname, p.relname],
+       array(select a.attname from unnest(k.conkey) with ordinality u(attnum, n)
+               join pg_attribute a on a.attrelid = k.conrelid and a.attnum = u.attnum order by n),
+       array(select a.attname from unnest(k.confkey) with ordinality u(attnum, n)
+               join pg_attribute a on a.attrelid = k.confrelid and a.attnum = u.attnum order by n)
+  from pg_constraint k
+  join pg_class c on c.oid = k.conrelid join pg_namespace cn on cn.oid = c.relnamespace
+  join pg_class p on p.oid = k.confrelid join pg_namespace pn on pn.oid = p.relnamespace
+ where k.contype = 'f' and k.conparentid = 0 and not c.relispartition and cn.nspname = any(%(schemas)s)
+ order by k.conname
+"""
 # Binary forms hold OIDs of the application's own types, which differ between databases: those are left out.
 COLUMNS = """
 select a.attname,

@@ -1,4 +1,4 @@
-"""Random schemas from the shapes of tables that can be moved, as DDL that runs on either side.
+"""The shapes of tables that can be moved, as DDL that runs on either side.
 
 A shape is one function `(draw, draft)` that adds something to a table in the making, and stands in
 `SHAPES`; `KEYS` are the ways in which a table's rows are identified.
@@ -11,18 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from hypothesis import strategies as st
 
 from tests.support.drafts import (
-    COLUMN_NAMES,
-    SERVICES,
-    TABLE_NAMES,
-    TENANT_COLUMNS,
     Column,
     Draft,
     Draw,
     Reference,
-    Schema,
     quoted,
 )
-from tests.support.kinds import KEY_KINDS, TYPES, VALUE_KINDS, big_text
+from tests.support.kinds import KEY_KINDS, VALUE_KINDS, big_text
 
 # How rows are identified.
 
@@ -32,7 +27,7 @@ def _natural(draw: Draw, draft: Draft) -> None:
     kinds = draft.possible(KEY_KINDS)
     count = draw(st.integers(1, 2))
     names = [draft.add_kind(draw, draw(st.sampled_from(kinds)), "NOT NULL").name for _ in range(count)]
-    if draw(st.booleans()):
+    if draft.tenant is not None and draw(st.booleans()):
         names.insert(draw(st.integers(0, count)), draft.tenant)
     draft.key = tuple(names)
 
@@ -49,7 +44,8 @@ def _identity(draw: Draw, draft: Draft) -> None:
         st.sampled_from(["", " (INCREMENT 3)", " (START 1000 INCREMENT -1 MINVALUE -90000 MAXVALUE 1000)"])
     )
     column = draft.add(draw, ddl + options, updates=["DEFAULT"] if always else ["DEFAULT", "800001"])
-    draft.key = (column.name, draft.tenant) if draw(st.booleans()) else (column.name,)
+    with_tenant = draft.tenant is not None and draw(st.booleans())
+    draft.key = (column.name, draft.tenant) if with_tenant else (column.name,)
 
 
 def _random_uuid(draw: Draw, draft: Draft) -> None:
@@ -118,7 +114,7 @@ def _values(draw: Draw, draft: Draft) -> None:
         draft.add(draw, kind.ddl if null else f"{kind.ddl} NOT NULL", values)
 
 
-def _toast(draw: Draw, draft: Draft) -> None:
+def toast(draw: Draw, draft: Draft) -> None:
     column = draft.add(draw, "text", [big_text(n) for n in range(3)] + ["'small'", "NULL"])
     storage = draw(st.sampled_from(["EXTERNAL", "EXTENDED", "MAIN"]))
     draft.after.append(f"ALTER TABLE {draft.name} ALTER {column.q} SET STORAGE {storage}")
@@ -153,7 +149,7 @@ def _unique(draw: Draw, draft: Draft) -> None:
     """Values that may swap between rows: immediately, or when the constraint looks again."""
     if draft.partition_by:  # it would have to be a part of each
         return
-    alone = draw(st.booleans())
+    alone = draft.tenant is None or draw(st.booleans())
     column = draft.add_kind(draw, draw(st.sampled_from(KEY_KINDS[:4])))
     columns = column.q if alone else f"{quoted(draft.tenant)}, {column.q}"
     nulls = draw(st.sampled_from(["", " NULLS NOT DISTINCT"])) if not alone else ""
@@ -264,33 +260,34 @@ def _refer(draw: Draw, draft: Draft, parent: Draft) -> None:
         return
     local = [k for k in parent.key if k != parent.tenant]
     nullable = parent is draft or draw(st.booleans())
-    columns = [draft.add(draw, _referring(parent.column(k), nullable)) for k in local]
+    columns = [draft.add(draw, referring(parent.column(k), nullable)) for k in local]
     ours, theirs = [c.name for c in columns], list(local)
     if by_tenant:
         ours, theirs = [draft.tenant, *ours], [parent.tenant, *theirs]
         if set(parent.key) != set(theirs):
-            parent.constraints.append(f"UNIQUE ({_list(theirs)})")
+            parent.constraints.append(f"UNIQUE ({name_list(theirs)})")
     else:
         draft.roams = parent.roams = False
     on = [draw(st.sampled_from(ACTIONS[: 5 if nullable else 3])) for _ in range(2)]
     on_delete, on_update = (_action(a, ours, draft.tenant, n) for n, a in enumerate(on))
     when = draw(st.sampled_from(["", " DEFERRABLE", " DEFERRABLE INITIALLY DEFERRED"]))
     draft.after.append(
-        f"ALTER TABLE {draft.name} ADD FOREIGN KEY ({_list(ours)}) REFERENCES {parent.name} ({_list(theirs)})"
+        f"ALTER TABLE {draft.name} ADD FOREIGN KEY ({name_list(ours)})"
+        f" REFERENCES {parent.name} ({name_list(theirs)})"
         f" ON DELETE {on_delete} ON UPDATE {on_update}{when}"
     )
     names = tuple(c.name for c in columns)
-    draft.references.append(Reference(names, parent.name, tuple(local), quoted(parent.tenant), nullable))
+    draft.references.append(Reference(names, parent.name, tuple(local), parent.whose, nullable))
 
 
 def _action(action: str, columns: list[str], tenant: str, number: int) -> str:
     """The tenant column itself is never emptied; which columns are can only be said for deletions."""
     if not action.startswith("SET") or tenant not in columns:
         return action
-    return f"{action} ({_list(c for c in columns if c != tenant)})" if number == 0 else "NO ACTION"
+    return f"{action} ({name_list(c for c in columns if c != tenant)})" if number == 0 else "NO ACTION"
 
 
-def _referring(column: Column, nullable: bool) -> str:
+def referring(column: Column, nullable: bool) -> str:
     """The parent's type, and nothing else of its definition."""
     ddl = column.ddl.replace("bigserial", "bigint").replace("serial", "integer")
     for word in (" GENERATED", " DEFAULT", " NOT NULL"):
@@ -298,7 +295,7 @@ def _referring(column: Column, nullable: bool) -> str:
     return ddl if nullable else f"{ddl} NOT NULL"
 
 
-def _list(names: Iterable[str]) -> str:
+def name_list(names: Iterable[str]) -> str:
     return ", ".join(quoted(name) for name in names)
 
 
@@ -322,35 +319,16 @@ SHAPES: tuple[Callable[[Draw, Draft], None], ...] = (
     _child,
     _tree,
 )
-
-
-@st.composite
-def schemas(draw: Draw, first_key: Key, *, major: int = 16, rich_build: bool = False) -> Schema:
-    """One to three tables, whose first has `first_key`. `major` is the older server's; `rich_build`: both
-    have ICU and libxml."""
-    tenant = draw(st.sampled_from(TENANT_COLUMNS))
-    tenant_type = draw(st.sampled_from(["uuid", "text", "varchar(40)"]))
-    services = SERVICES[: draw(st.integers(1, len(SERVICES)))]
-    names = list(TABLE_NAMES)
-    drafts: list[Draft] = []
-    for _ in range(draw(st.sampled_from([1, 1, 2, 2, 3]))):
-        name = names.pop(draw(st.integers(0, len(names) - 1)))
-        service = draw(st.integers(0, len(services) - 1))
-        draft = Draft(
-            service, name, tenant, tenant_type, tuple(drafts), major, rich_build, list(COLUMN_NAMES)
-        )
-        draft.columns.append(Column(tenant, f"{tenant_type} NOT NULL"))
-        key = draw(st.sampled_from(list(KEYS))) if drafts else first_key
-        KEYS[key](draw, draft)
-        if draw(st.booleans()):
-            _toast(draw, draft)
-        for shape in draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4, unique=True)):
-            shape(draw, draft)
-        drafts.append(draft)
-    before = [
-        *TYPES,
-        "CREATE SEQUENCE «0».shared",
-        f"CREATE TABLE «0».anchor ({quoted(tenant)} {tenant_type} PRIMARY KEY)",
-        *(line for d in drafts for line in d.before),
-    ]
-    return Schema(tenant, services, tuple(d.table() for d in drafts), tuple(before))
+# Those that need no tenant column, and refuse few rows.
+OWNED_SHAPES = (
+    _values,
+    _generated,
+    _numbered,
+    _unique,
+    _exclusion,
+    _dropped,
+    _late,
+    _touch,
+    _policy,
+    _identity_of_its_own,
+)

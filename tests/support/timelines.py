@@ -12,7 +12,7 @@ from uuid import UUID
 
 from hypothesis import strategies as st
 
-from tests.support.drafts import NEIGHBOUR, OTHER, TENANT, Column, Draw, Schema, Table
+from tests.support.drafts import NEIGHBOUR, OTHER, TENANT, Column, Draw, Schema, Table, of_row, quoted
 
 # Steps of the mover's journal before which it waits for the writers.
 GATES = (
@@ -79,7 +79,7 @@ def seeding(draw: Draw, schema: Schema) -> list[str]:
     anchor = f"INSERT INTO «0».anchor VALUES ('{TENANT}'), ('{OTHER}')"
     return [anchor] + [
         insert(draw, table, tenant, draw(st.integers(1, 4)))
-        for _ in range(draw(st.integers(1, 2)))
+        for _ in range(draw(st.integers(1, 2)) + bool(schema.roaming_owners))
         for table in schema.tables
         for tenant in (TENANT, OTHER)
     ]
@@ -87,7 +87,9 @@ def seeding(draw: Draw, schema: Schema) -> list[str]:
 
 def neighbours(draw: Draw, schema: Schema) -> list[str]:
     """Rows of a tenant of the target, with values that no tenant of the source ever has."""
-    return [insert(draw, table, NEIGHBOUR, draw(st.integers(1, 2))) for table in schema.tables]
+    return [f"INSERT INTO «0».anchor VALUES ('{NEIGHBOUR}')"] + [
+        insert(draw, table, NEIGHBOUR, draw(st.integers(1, 2))) for table in schema.tables
+    ]
 
 
 @dataclass
@@ -107,8 +109,9 @@ class _Sessions:
         if session not in self.open:
             self.open[session] = self.draw(st.sampled_from([TENANT, TENANT, OTHER]))
             self.savepoints[session] = 0
-            yield self._action(session, "BEGIN" + self.draw(st.sampled_from(ISOLATION)))
-        for _ in range(self.draw(st.integers(1, 4))):
+            isolation = "" if self.schema.crossings else self.draw(st.sampled_from(ISOLATION))
+            yield self._action(session, "BEGIN" + isolation)
+        for _ in range(self.draw(st.sampled_from([1, 1, 1, 2, 3, 4]))):
             yield from self._statements(session)
         if self.draw(st.integers(0, 3)):
             yield from self._end(session)
@@ -123,6 +126,8 @@ class _Sessions:
         kinds = ["insert", "insert", "copy", "update", "update", "key", "delete", "savepoint"]
         kinds += ["truncate"] if self.draw(st.integers(0, 4)) == 0 else []
         kinds += ["roam"] if table.roams else []
+        kinds += ["roam with others"] * 3 if self.schema.roaming_owners else []
+        kinds += ["exodus"] if self.schema.crossings and self.draw(st.integers(0, 4)) == 0 else []
         kinds += ["swap"] if table.swaps else []
         kinds += ["undo"] if self.savepoints[session] else []
         match self.draw(st.sampled_from(kinds)):
@@ -143,10 +148,17 @@ class _Sessions:
                 sql = f"DELETE FROM {table.name} WHERE {_some(self.draw, table, tenant)}"
                 yield self._action(session, sql)
             case "roam":
-                to = OTHER if tenant == TENANT else TENANT
-                sql = f"UPDATE {table.name} SET {table.tenant} = '{to}' WHERE "
-                sql += _some(self.draw, table, tenant)
+                sql = _roam(self.draw, table, tenant, _some(self.draw, table, tenant))
                 yield self._action(session, sql, before_switch_only=True)
+            case "roam with others":
+                owner = self.draw(st.sampled_from(self.schema.roaming_owners))
+                sql = _roam(self.draw, owner, tenant, _some(self.draw, owner, tenant))
+                yield self._action(session, sql, before_switch_only=True)
+            case "exodus":  # of rows that refer to each other
+                for each in self.schema.tables:
+                    if each.tenant and each.roams:
+                        sql = _roam(self.draw, each, tenant, f"{each.tenant} = '{tenant}'")
+                        yield self._action(session, sql, before_switch_only=True)
             case "swap":
                 for sql in _swap(self.draw, table, tenant):
                     yield self._action(session, sql)
@@ -163,14 +175,17 @@ class _Sessions:
                 self.savepoints[session] = int(name[1:]) - (how == "RELEASE")
 
     def _end(self, session: str) -> Iterator[Action]:
-        match self.draw(st.sampled_from(["COMMIT", "COMMIT", "COMMIT", "ROLLBACK", "PREPARE"])):
+        end = self.draw(st.sampled_from(["COMMIT", "COMMIT", "COMMIT", "ROLLBACK", "PREPARE"]))
+        if self.schema.crossings and end != "ROLLBACK":
+            yield self._action(session, _refuse_crossings(self.schema))
+        match end:
             case "PREPARE":
                 self.prepared += 1
                 name = f"'«db»/{self.prepared}'"
                 yield self._action(session, f"PREPARE TRANSACTION {name}")
                 end = self.draw(st.sampled_from(["COMMIT", "COMMIT", "ROLLBACK"]))
                 yield self._action(session, f"{end} PREPARED {name}")
-            case end:
+            case _:
                 yield self._action(session, end)
         del self.open[session]
 
@@ -191,7 +206,7 @@ def _given(table: Table) -> list[Column]:
 
 
 def _row(draw: Draw, table: Table, tenant: UUID, *, is_copied: bool = False) -> str:
-    values = {table.tenant: f"'{tenant}'"} | _references(draw, table, tenant)
+    values = _whose(draw, table, tenant)
     for column in table.columns:
         if column.inserts:
             choice = column.elsewhere if tenant == NEIGHBOUR and column.elsewhere else column.inserts
@@ -200,19 +215,25 @@ def _row(draw: Draw, table: Table, tenant: UUID, *, is_copied: bool = False) -> 
     return "(" + ", ".join(values[column.q] for column in _given(table)) + ")"
 
 
+def _whose(draw: Draw, table: Table, tenant: UUID) -> dict[str, str]:
+    """What makes a row that tenant's."""
+    own = {table.tenant: f"'{tenant}'"} if table.tenant else {}
+    return own | _references(draw, table, tenant)
+
+
 def _references(draw: Draw, table: Table, tenant: UUID) -> dict[str, str]:
     """The key of one of the tenant's rows of each parent; NULL when there is none."""
     found = {}
     for reference in table.references:
         number = draw(st.integers(0, 4))
+        may_be_null = reference.nullable and (table.tenant or len(table.references) > 1)
+        is_parents = f"{of_row(reference.parent_whose, 'p')} = '{tenant}'"
         for mine, theirs in zip(reference.columns, reference.parent_columns, strict=True):
-            quoted = theirs.replace('"', '""')
             query = (
-                f'(SELECT p."{quoted}" FROM {reference.parent} p WHERE p.{reference.parent_tenant} ='
-                f" '{tenant}' ORDER BY p::text LIMIT 1 OFFSET {number})"
+                f"(SELECT p.{quoted(theirs)} FROM {reference.parent} p WHERE {is_parents}"
+                f" ORDER BY md5(p::text || '{number}') LIMIT 1)"
             )
-            mine_quoted = '"' + mine.replace('"', '""') + '"'
-            found[mine_quoted] = "NULL" if reference.nullable and number == 4 else query
+            found[quoted(mine)] = "NULL" if may_be_null and number == 4 else query
     return found
 
 
@@ -232,9 +253,26 @@ def _update(draw: Draw, table: Table, tenant: UUID, columns: Sequence[Column], m
     if table.references and draw(st.booleans()):
         assigned += [f"{n} = {v}" for n, v in _references(draw, table, tenant).items() if n not in chosen]
     if not assigned:
-        assigned = [f"{table.tenant} = {table.tenant}"]
+        assigned = [table.unchanged]
     where = _some(draw, table, tenant, most)
     return f"UPDATE {table.name} SET {', '.join(assigned)} WHERE {where}"
+
+
+def _roam(draw: Draw, table: Table, tenant: UUID, where: str) -> str:
+    """Rows become another tenant's: by their own column, or by the rows that they refer to."""
+    to = OTHER if tenant == TENANT else TENANT
+    new = {table.tenant: f"'{to}'"} if table.tenant else _references(draw, table, to)
+    assigned = ", ".join(f"{name} = {value}" for name, value in new.items())
+    return f"UPDATE {table.name} SET {assigned} WHERE {where}"
+
+
+def _refuse_crossings(schema: Schema) -> str:
+    """Before a transaction ends: what it did to both ends of a reference must not have torn it."""
+    return (
+        f"DO $do$ BEGIN IF {' OR '.join(schema.crossings)} THEN"
+        " RAISE EXCEPTION USING ERRCODE = '23000', MESSAGE = 'a reference to another tenant''s row'; END IF;"
+        " END $do$"
+    )
 
 
 def _swap(draw: Draw, table: Table, tenant: UUID) -> Iterator[str]:
@@ -242,17 +280,17 @@ def _swap(draw: Draw, table: Table, tenant: UUID) -> Iterator[str]:
     name = draw(st.sampled_from(table.swaps))
     column = next(c for c in table.columns if c.name == name)
     a, b = (draw(st.sampled_from(column.inserts)) for _ in range(2))
-    mine = f"{table.tenant} = '{tenant}'"
+    mine = table.is_of(tenant)
     if draw(st.booleans()):
         type = column.ddl.partition(" NOT NULL")[0]
         yield (
-            f"UPDATE {table.name} SET {column.q} = CASE WHEN {column.q} = {a} THEN ({b})::{_type(type)}"
+            f"UPDATE {table.name} AS r SET {column.q} = CASE WHEN {column.q} = {a} THEN ({b})::{_type(type)}"
             f" ELSE ({a})::{_type(type)} END WHERE {mine} AND {column.q} IN ({a}, {b})"
         )
     else:
-        yield f"UPDATE {table.name} SET {column.q} = NULL WHERE {mine} AND {column.q} = {a}"
-        yield f"UPDATE {table.name} SET {column.q} = {a} WHERE {mine} AND {column.q} = {b}"
-        yield f"UPDATE {table.name} SET {column.q} = {b} WHERE {mine} AND {column.q} IS NULL"
+        yield f"UPDATE {table.name} AS r SET {column.q} = NULL WHERE {mine} AND {column.q} = {a}"
+        yield f"UPDATE {table.name} AS r SET {column.q} = {a} WHERE {mine} AND {column.q} = {b}"
+        yield f"UPDATE {table.name} AS r SET {column.q} = {b} WHERE {mine} AND {column.q} IS NULL"
 
 
 def _type(ddl: str) -> str:
@@ -264,5 +302,5 @@ def _some(draw: Draw, table: Table, tenant: UUID, most: int = 3) -> str:
     count, skip = draw(st.integers(1, most)), draw(st.sampled_from([0, 0, 0, 1, 2, 3]))
     return (
         f"(tableoid, ctid) IN (SELECT r.tableoid, r.ctid FROM {table.name} r"
-        f" WHERE r.{table.tenant} = '{tenant}' ORDER BY r::text LIMIT {count} OFFSET {skip})"
+        f" WHERE {table.is_of(tenant)} ORDER BY r::text LIMIT {count} OFFSET {skip})"
     )

@@ -1,6 +1,6 @@
 """Kinds of applications that everybody knows, as schemas with rows and with a clerk who works on them.
 
-The statements are written for a `search_path` of the application's schema. `OWNED_*` are tables that belong
+The statements are written for a `search_path` of the application's schema. `OWNED_*` are of what belongs
 to a tenant through a foreign key only.
 """
 

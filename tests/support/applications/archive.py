@@ -235,8 +235,6 @@ CHANGES = (
     f" where tenant_id = %(t)s and id = {_FILE}",
 )
 
-ARCHIVE = Application("dms", DDL, ROWS, CHANGES)
-
 # Comments belong to whom the directory belongs to.
 OWNED_DDL = """
 create table directory_comments (
@@ -246,7 +244,18 @@ create table directory_comments (
     primary key (directory, number)
 );
 grant select, insert, update, delete on directory_comments to app;
+create view commented as
+    select d.tenant_id, d.name, c.* from directory_comments c join directories d on d.id = c.directory;
+grant select on commented to app;
 """
 OWNED_ROWS = """
 insert into directory_comments select id, 1, name from directories where tenant_id = %(t)s;
 """
+OWNED_CHANGES = (
+    "insert into directory_comments select id, 2 + %(n)s %% 900, 'said ' || name from directories"
+    f" where tenant_id = %(t)s and id = {_LEAF} on conflict do nothing",
+    f"update directory_comments set said = said || '!', directory = {_LEAF} where number = 2 + %(n)s %% 90"
+    " and directory in (select id from directories where tenant_id = %(t)s)",
+)
+
+ARCHIVE = Application("dms", DDL + OWNED_DDL, ROWS + OWNED_ROWS, CHANGES + OWNED_CHANGES)

@@ -227,20 +227,6 @@ CHANGES = (
     " order by a.id, b.id offset %(n)s %% 1000 limit 1) pair where id in (a, b)",
 )
 
-CRM = Application(
-    "crm",
-    DDL,
-    ROWS,
-    CHANGES,
-    shared_numbers=(
-        (
-            "select max(number) from (select number from opportunities"
-            " union all select number from complaints) n",
-            "case_numbers",
-        ),
-    ),
-)
-
 # Notes belong to whom the opportunity belongs to.
 OWNED_DDL = """
 create table opportunity_notes (
@@ -250,8 +236,35 @@ create table opportunity_notes (
     primary key (opportunity_id, line)
 );
 grant select, insert, update, delete on opportunity_notes to app;
+create view noted as
+    select o.tenant_id, o.number, n.*
+      from opportunity_notes n join opportunities o on o.id = n.opportunity_id;
+grant select on noted to app;
 """
 OWNED_ROWS = """
 insert into opportunity_notes
 select id, g, 'note ' || g from opportunities, generate_series(1, 2) g where tenant_id = %(t)s;
 """
+OWNED_CHANGES = (
+    "insert into opportunity_notes select id, 100 + %(n)s %% 900, 'said ' || %(n)s from opportunities"
+    " where tenant_id = %(t)s order by id offset %(n)s %% 40 limit 1 on conflict do nothing",
+    "update opportunity_notes set note = note || %(n)s where opportunity_id = (select id from opportunities"
+    " where tenant_id = %(t)s order by id offset %(n)s %% 40 limit 1)",
+    "update opportunity_notes set opportunity_id ="
+    " (select max(id) from opportunities where tenant_id = %(t)s) where line = 100 + %(n)s %% 50"
+    " and opportunity_id in (select id from opportunities where tenant_id = %(t)s)",
+)
+
+CRM = Application(
+    "crm",
+    DDL + OWNED_DDL,
+    ROWS + OWNED_ROWS,
+    CHANGES + OWNED_CHANGES,
+    shared_numbers=(
+        (
+            "select max(number) from (select number from opportunities"
+            " union all select number from complaints) n",
+            "case_numbers",
+        ),
+    ),
+)

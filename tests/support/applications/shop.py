@@ -251,19 +251,6 @@ CHANGES = (
     " where tenant_id = %(t)s and id = 2 + (%(n)s + 1) %% 11",
 )
 
-SHOP = Application(
-    "crm",
-    DDL,
-    ROWS,
-    CHANGES,
-    shared_numbers=(
-        (
-            "select max(number) from (select number from orders union all select number from credit_notes) n",
-            "document_numbers",
-        ),
-    ),
-)
-
 # Rebates of a line: they belong to whom the order belongs to.
 OWNED_DDL = """
 create table order_line_discounts (
@@ -276,8 +263,32 @@ create table order_line_discounts (
     foreign key (tenant, number, line) references order_lines on update cascade on delete cascade
 );
 grant select, insert, update, delete on order_line_discounts to app;
+create view discounts as
+    select l.tenant_id, l.product, d.* from order_line_discounts d
+      join order_lines l on (l.tenant_id, l.number, l.line) = (d.tenant, d.number, d.line);
+grant select on discounts to app;
 """
 OWNED_ROWS = """
 insert into order_line_discounts
 select tenant_id, number, line, 'loyal', 2.5 from order_lines where tenant_id = %(t)s and line = 1;
 """
+OWNED_CHANGES = (
+    "insert into order_line_discounts select tenant_id, number, line, 'haggled ' || %(n)s %% 100, 1.5"
+    " from order_lines where tenant_id = %(t)s order by number, line offset %(n)s %% 50 limit 1"
+    " on conflict do nothing",
+    "update order_line_discounts set percent = percent / 2 where tenant = %(t)s and number %% 7 = %(n)s %% 7",
+    "delete from order_line_discounts where tenant = %(t)s and reason = 'haggled ' || %(n)s %% 100",
+)
+
+SHOP = Application(
+    "crm",
+    DDL + OWNED_DDL,
+    ROWS + OWNED_ROWS,
+    CHANGES + OWNED_CHANGES,
+    shared_numbers=(
+        (
+            "select max(number) from (select number from orders union all select number from credit_notes) n",
+            "document_numbers",
+        ),
+    ),
+)
