@@ -25,7 +25,7 @@ from mover.engine.move import Limits, Move
 from mover.log import logger
 from mover.metrics import Metrics, MetricsObserver
 from mover.postgres.connect import Identity
-from mover.postgres.site import BESIDE_WORKERS, PgSite
+from mover.postgres.site import BESIDE_WORKERS, KEPT_CONNECTIONS, PgSite
 from mover.postgres.store import Store, open_store
 from mover.web.app import make_app
 
@@ -108,7 +108,7 @@ class Workshop:
             source=source,
             target=target,
             store=self.store,
-            site=self._site(m.tenant, Identity(m.id, claim.epoch), source, target),
+            site=self._site(m.tenant, Identity(m.id, claim.epoch), source, target, KEPT_CONNECTIONS),
             cache=RoutingCache(
                 self.config.routing.redis_url,
                 self.config.routing.cache_key.format(tenant_id=m.tenant),
@@ -137,7 +137,9 @@ class Workshop:
         url = notes[SOURCE_URL]
         return self.config.place(m.tenant, m.source_vertical, m.source_tier, str(url) if url else None)
 
-    def _site(self, tenant: TenantId, identity: Identity, source: Place, target: Place) -> PgSite:
+    def _site(
+        self, tenant: TenantId, identity: Identity, source: Place, target: Place, kept: int = 0
+    ) -> PgSite:
         engine = self.config.engine
         return PgSite(
             tenant=tenant,
@@ -148,6 +150,7 @@ class Workshop:
             workers=min(engine.copy_workers, engine.max_connections_per_database - BESIDE_WORKERS),
             connections=engine.max_connections_per_database,
             budget_s=engine.pause_budget_ms / 1000,
+            kept=kept,
         )
 
 

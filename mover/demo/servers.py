@@ -15,9 +15,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import LiteralString, Self
+from typing import Self
 from urllib.parse import quote
 
 import psycopg
@@ -117,38 +117,32 @@ class Cluster:
     def create_database(self, name: str, template: str = "template1") -> str:
         """The URL of the new database."""
         statement = sql.SQL("create database {} template {}")
-        self._execute(statement.format(sql.Identifier(name), sql.Identifier(template)))
+        with psycopg.connect(self.url(), autocommit=True) as conn:
+            conn.execute(statement.format(sql.Identifier(name), sql.Identifier(template)))
         return self.url(name)
 
     def drop_database(self, name: str) -> None:
         """Whatever still holds it goes first: connections, slots, prepared transactions."""
-        self._execute(
-            "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
-            " where datname = %(name)s and pid <> pg_backend_pid()",
-            {"name": name},
-        )
-        self._execute(
-            "select pg_drop_replication_slot(slot_name) from pg_replication_slots where database = %(name)s",
-            {"name": name},
-        )
-        self._roll_back_prepared(name)
-        self._execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
-
-    def _execute(
-        self, statement: LiteralString | sql.Composed, parameters: Mapping[str, str] | None = None
-    ) -> None:
         with psycopg.connect(self.url(), autocommit=True) as conn:
-            conn.execute(statement, parameters)
-
-    def _roll_back_prepared(self, database: str) -> None:
-        with psycopg.connect(self.url(), autocommit=True) as conn:
-            ids = conn.execute(
-                "select gid from pg_prepared_xacts where database = %s", (database,)
+            conn.execute(
+                "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
+                " where datname = %s and pid <> pg_backend_pid()",
+                (name,),
+            )
+            conn.execute(
+                "select pg_drop_replication_slot(slot_name) from pg_replication_slots where database = %s",
+                (name,),
+            )
+            prepared = conn.execute(
+                "select gid from pg_prepared_xacts where database = %s", (name,)
             ).fetchall()
-        if not ids:
-            return
+            if prepared:
+                self._roll_back(name, [gid for (gid,) in prepared])
+            conn.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
+
+    def _roll_back(self, database: str, prepared: Sequence[str]) -> None:
         with psycopg.connect(self.url(database), autocommit=True) as conn:
-            for (name,) in ids:
+            for name in prepared:
                 conn.execute(sql.SQL("rollback prepared {}").format(sql.Literal(name)))
 
 

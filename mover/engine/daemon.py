@@ -149,13 +149,16 @@ class Work:
         migration = self.claim.migration
         try:
             self._move = move = await self.make_move(self.claim, self.progress)
-            match migration.status:
-                case Status.ROLLING_BACK:
-                    self.ended = await move.undo()
-                case Status.COMPLETED:
-                    await move.watch_tombstone()
-                case _:
-                    self.ended = await move.run()
+            try:
+                match migration.status:
+                    case Status.ROLLING_BACK:
+                        self.ended = await move.undo()
+                    case Status.COMPLETED:
+                        await move.watch_tombstone()
+                    case _:
+                        self.ended = await move.run()
+            finally:
+                move.site.rest()
             self.failures.pop(str(migration.id), None)
             await self._save()
         except LeaseLost:

@@ -141,6 +141,7 @@ class Move:
             await self._say("undoing: removing everything this migration made")
             await self._clear_source(plan.shape)
             await self._clear_target(plan.shape)
+        self.site.rest()
         outcome = self.claim.migration.outcome or Status.CANCELLED
         await self.store.set_status(self.claim, outcome, error=self.claim.migration.error)
         return outcome
@@ -166,6 +167,7 @@ class Move:
         if quiet_s >= self.limits.tombstone_s:
             plan = await self._stored_plan()
             await self.site.remove_tombstone(plan.shape, self._wait_for)
+            self.site.rest()
             await self.store.end_tombstone(self.claim)
             await self._say("the tombstone on the source is removed: nothing of ours is left")
         await self.store.release(self.claim)
@@ -454,7 +456,9 @@ class Move:
             await self._step("cleanup.target_guards", self.site.unguard_target, shape, self._wait_for)
             await self._step("cleanup.forget_source", self.site.forget_source)
             await self._step("cleanup.forget_target", self.site.forget_target)
-        await self.store.tombstone(self.claim, await self.site.refused_writes(), self._tombstone_interval_s)
+        refused = await self.site.refused_writes()
+        self.site.rest()
+        await self.store.tombstone(self.claim, refused, self._tombstone_interval_s)
         await self.store.set_status(self.claim, Status.COMPLETED)
 
     async def _clear_source(self, shape: Shape) -> None:

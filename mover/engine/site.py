@@ -56,6 +56,10 @@ class Site(Protocol):
     Every method may be repeated: it asks the world whether its work is done. `say` tells people what a
     method waits for."""
 
+    def rest(self) -> None:
+        """The work is at its end: from now on no connection stays open between two questions."""
+        ...
+
     async def preflight(self) -> Plan: ...
 
     @property

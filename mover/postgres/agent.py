@@ -14,14 +14,14 @@ _TABLES = ("owner", "progress", "chunk")
 
 async def install(database: Database, identity: Identity) -> None:
     """Make the schema and take ownership of the migration there."""
-    async with database.connect("install", client_min_messages="warning") as conn, conn.transaction():
+    async with database.borrow("install", client_min_messages="warning") as conn, conn.transaction():
         await conn.execute(load("agent")["install"])
         await conn.execute(load("identity_schema")["install"])
     await owner.take(database, identity)
 
 
 async def is_installed(database: Database) -> bool:
-    async with database.connect("install") as conn:
+    async with database.borrow("install") as conn:
         row = await (await conn.execute("SELECT to_regclass('mover.owner') IS NOT NULL")).fetchone()
         return row is not None and bool(row[0])
 
@@ -31,7 +31,7 @@ async def forget(database: Database, migration: MigrationId) -> None:
     if not await is_installed(database):
         return
     queries = load("agent")
-    async with database.connect("uninstall", client_min_messages="warning") as conn, conn.transaction():
+    async with database.borrow("uninstall", client_min_messages="warning") as conn, conn.transaction():
         for table in _TABLES:
             statement = sql.SQL(queries["forget"]).format(table=sql.Identifier(table))
             await conn.execute(statement, (migration,))

@@ -36,7 +36,7 @@ class Look:
 async def look(
     source: Database, target: Database, schemas: Mapping[str, str], tenancy: Tenancy, tenant: TenantId
 ) -> Look:
-    async with source.connect("compare") as ours, target.connect("compare") as theirs:
+    async with source.borrow("compare") as ours, target.borrow("compare") as theirs:
         stamp = await read_stamp(ours, schemas, tenancy.column)
         there = {schema: schema for schema in schemas.values()}
         found = fingerprint.differences(
@@ -84,7 +84,7 @@ async def _unfilled(
 async def forget_chunks(target: Database, identity: Identity, tables: Collection[TableRef]) -> None:
     """These tables (of the source) count as not copied; repeatable."""
     names = [[t.schema for t in tables], [t.name for t in tables]]
-    async with target.connect("chunks") as conn, conn.transaction():
+    async with target.borrow("chunks") as conn, conn.transaction():
         await owner.hold(conn, identity)
         await conn.execute(load("alignment")["forget_chunks"], (identity.migration, *names))
 
@@ -94,7 +94,7 @@ async def follow(target: Database, identity: Identity, changes: Collection[Diffe
 
     A column takes ACCESS EXCLUSIVE for an instant, under a lock timeout; an index is built, or dropped,
     CONCURRENTLY, so that it holds up no other tenant."""
-    async with target.connect("align", client_min_messages="warning") as conn:
+    async with target.borrow("align", client_min_messages="warning") as conn:
         for change in changes:
             on_wait = _waiting(say, change)
             if change.kind == "column":

@@ -42,7 +42,7 @@ class BulkCopier:
         bounds = [] if await self._is_whole(table) else await self._bounds(table, snapshot_id)
         edges: list[Key | None] = [None, *bounds, None]
         chunks = [Chunk(n, lo, hi) for n, (lo, hi) in enumerate(pairwise(edges), start=1)]
-        async with self._target.connect("chunks") as conn, conn.transaction():
+        async with self._target.borrow("chunks") as conn, conn.transaction():
             await owner.hold(conn, self._identity)
             for chunk in chunks:
                 line = (chunk.number, _array(chunk.lo), _array(chunk.hi))
@@ -51,7 +51,7 @@ class BulkCopier:
 
     async def chunks(self) -> Mapping[TableRef, Sequence[Chunk]]:
         found: dict[TableRef, list[Chunk]] = {}
-        async with self._target.connect("chunks") as conn:
+        async with self._target.borrow("chunks") as conn:
             rows = await (await conn.execute(_READ_CHUNKS, (self._identity.migration,))).fetchall()
         for schema, name, number, lo, hi, done, count, size in rows:
             chunk = Chunk(number, lo and tuple(lo), hi and tuple(hi), done, count, size)
@@ -101,7 +101,7 @@ class BulkCopier:
         """Whether one statement has to bring all rows: each may refer to any other of them."""
         if not self._shape.checks_while_copying:
             return False
-        async with self._target.connect("chunks") as conn:
+        async with self._target.borrow("chunks") as conn:
             return await roles.refers_to_itself(conn, table.target)
 
     async def _bounds(self, table: MovedTable, snapshot_id: str) -> list[Key]:
@@ -125,7 +125,7 @@ class BulkCopier:
             tenant=holdings.is_tenants(table.holding(Side.SOURCE), "t", self._tenant),
             per_chunk=sql.Literal(per_chunk),
         )
-        async with self._source.connect("chunks") as conn, conn.transaction():
+        async with self._source.borrow("chunks") as conn, conn.transaction():
             await conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             await conn.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot_id)))
             rows = await (await conn.execute(query)).fetchall()

@@ -63,7 +63,7 @@ async def read_ddl(
     bin_dirs: Sequence[Path] = (),
 ) -> ClonedDdl:
     """The DDL of the source's schemas for this target, without ours and without what it cannot hold."""
-    async with source.connect("dump") as ours, target.connect("dump") as theirs:
+    async with source.borrow("dump") as ours, target.borrow("dump") as theirs:
         major = max(ours.info.server_version, theirs.info.server_version) // 10000
         roles = {row["name"]: row["member"] for row in await catalog.rows(theirs, "roles")}
         comments = await catalog.existing_schemas(ours, schemas)
@@ -142,7 +142,7 @@ async def apply_pre(target: Database, cloned: ClonedDdl, migration: MigrationId)
     """Everything but keys, indexes and what follows, in one transaction; marked as made by `migration`.
 
     Raises Refused when a schema is there that this migration did not make."""
-    async with target.connect("clone", **_SETTINGS) as conn, conn.transaction():
+    async with target.borrow("clone", **_SETTINGS) as conn, conn.transaction():
         await _hold(conn, target)
         there = await catalog.existing_schemas(conn, cloned.comments)
         if there.keys() == cloned.comments.keys() and all(_made_by(c, migration) for c in there.values()):
@@ -161,7 +161,7 @@ async def apply_pre(target: Database, cloned: ClonedDdl, migration: MigrationId)
 async def build_keys(target: Database, cloned: ClonedDdl, tables: Collection[TableRef]) -> None:
     """The keys of these tables of the target."""
     statements = [s for table in tables for s in cloned.keys.get(table, ())]
-    async with target.connect("keys", **_INDEX_SETTINGS) as conn:
+    async with target.borrow("keys", **_INDEX_SETTINGS) as conn:
         there = await _existing(conn, cloned.comments)
         for statement in statements:
             if ddl.created(statement.sql) not in there:
@@ -171,7 +171,7 @@ async def build_keys(target: Database, cloned: ClonedDdl, tables: Collection[Tab
 async def build_rest(target: Database, cloned: ClonedDdl, *, workers: int) -> None:
     """Indexes, then foreign keys, both in parallel; then the rest in order; then statistics."""
     await build_keys(target, cloned, list(cloned.keys))
-    async with target.connect("index") as conn:
+    async with target.borrow("index") as conn:
         there = await _existing(conn, cloned.comments)
     stages = _stages(cloned)
     for statements, at_once in (
@@ -182,7 +182,7 @@ async def build_rest(target: Database, cloned: ClonedDdl, *, workers: int) -> No
     ):
         missing = [s for s in statements if ddl.created(s.sql) not in there]
         await _in_parallel(target, missing, at_once)
-    async with target.connect("index", **_INDEX_SETTINGS) as conn:
+    async with target.borrow("index", **_INDEX_SETTINGS) as conn:
         for statement in stages.rest:
             if ddl.created(statement.sql) not in there:
                 await _run_held(conn, target, statement)
@@ -295,7 +295,7 @@ async def drop_clone(
 
     Says whether they are gone. If not, they are no longer marked as ours, and the tenant's rows are left
     to be deleted one by one."""
-    async with target.connect("clone", client_min_messages="warning") as conn:
+    async with target.borrow("clone", client_min_messages="warning") as conn:
 
         async def attempt() -> bool:
             async with conn.transaction():
@@ -332,7 +332,7 @@ async def _others_have_rows(
 
 async def keep_clone(target: Database, schemas: Collection[str], migration: MigrationId) -> None:
     """Give the schemas their own comments back: they are no longer ours to drop."""
-    async with target.connect("clone") as conn, conn.transaction():
+    async with target.borrow("clone") as conn, conn.transaction():
         await _hold(conn, target)
         there = await catalog.existing_schemas(conn, schemas)
         await _unmark(

@@ -1,5 +1,5 @@
 """Connections to the two databases of a migration: named, bounded in number, with every setting
-that could change a value's text pinned.
+that could change a value's text pinned; kept open between short pieces of work.
 
 Each connection's `application_name` is `mover/<migration>/<epoch>/<purpose>`, by which a new owner
 finds and ends the backends of the old one.
@@ -15,10 +15,13 @@ from typing import Any
 
 import asyncpg
 import psycopg
+from psycopg import sql
+from psycopg.pq import TransactionStatus
 
 from mover.core.ids import Epoch, MigrationId
 from mover.core.secret import Secret
 from mover.postgres.errors import translate
+from mover.postgres.idle import Connection, IdleConnections
 from mover.postgres.urls import CONNECT_TIMEOUT_S, asyncpg_parameters, libpq_parameters, why_unreachable
 
 # The text of a value must not depend on the role's or the server's defaults (floats lose digits under
@@ -69,19 +72,24 @@ class Identity:
 
 @dataclass
 class Database:
-    """Opens connections to one database, never more than `limit` at a time.
+    """Opens connections to one database, never more than `limit` at a time, idle ones included.
 
-    `label` is what messages call it ("source", "target", "verticals.core"): never the URL.
+    `label` is what messages call it ("source", "target", "verticals.core"): never the URL. Where `kept` is
+    not 0, so many may stay open between two pieces of work, until `end_idle`.
     """
 
     url: Secret
     label: str
     identity: Identity | None = None
     limit: int = 12
+    kept: int = 0
     _slots: asyncio.Semaphore = field(init=False, repr=False)
+    _in_use: int = field(init=False, repr=False, default=0)
+    _idle: IdleConnections = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._slots = asyncio.Semaphore(self.limit)
+        self._idle = IdleConnections(self.kept)
 
     def _application_name(self, purpose: str) -> str:
         return self.identity.application_name(purpose) if self.identity else f"mover/-/{purpose}"
@@ -99,14 +107,12 @@ class Database:
         return params
 
     @asynccontextmanager
-    async def connect(
-        self, purpose: str, **settings: str
-    ) -> AsyncIterator[psycopg.AsyncConnection[tuple[Any, ...]]]:
+    async def connect(self, purpose: str, **settings: str) -> AsyncIterator[Connection]:
         """A psycopg connection in autocommit; `settings` are server settings for its whole life.
 
         Driver errors, also those raised inside the block, leave as MoverError (see `errors.translate`).
         """
-        async with self._slots:
+        async with self._slot():
             with translate(self.label):
                 conn = await self._connected(self.conninfo(purpose, **settings))
                 try:
@@ -114,7 +120,65 @@ class Database:
                 finally:
                     await conn.close()
 
-    async def _connected(self, parameters: dict[str, Any]) -> psycopg.AsyncConnection[tuple[Any, ...]]:
+    @asynccontextmanager
+    async def borrow(self, purpose: str, **settings: str) -> AsyncIterator[Connection]:
+        """The same for short work, on a connection that may have been open and may stay so.
+
+        Whatever lasts longer than a transaction, but for settings, is not for a borrowed one: temporary
+        tables, session locks, LISTEN. After an error it is closed."""
+        async with self._slot():
+            with translate(self.label):
+                conn = await self._borrowed(purpose, settings)
+                try:
+                    yield conn
+                except BaseException:
+                    await conn.close()
+                    raise
+                is_idle = conn.info.transaction_status is TransactionStatus.IDLE
+                if not (is_idle and self._idle.give_back(conn)):
+                    await conn.close()
+
+    def end_idle(self) -> None:
+        """Close what is idle; from now on nothing stays open."""
+        self._idle.end()
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        async with self._slots:
+            self._in_use += 1
+            self._idle.shrink(self.limit - self._in_use)
+            try:
+                yield
+            finally:
+                self._in_use -= 1
+
+    async def _borrowed(self, purpose: str, settings: Mapping[str, str]) -> Connection:
+        while (conn := self._idle.take()) is not None:
+            try:
+                return await self._dressed(conn, purpose, settings)
+            except psycopg.OperationalError:
+                continue  # it ended while it was idle: the next one, or a new one, tells how things are
+        conn = await self._connected(self.conninfo(purpose))
+        conn.prepare_threshold = None  # what one borrower prepares may not fit the schemas that another sees
+        return await self._dressed(conn, purpose, settings) if settings else conn
+
+    async def _dressed(self, conn: Connection, purpose: str, settings: Mapping[str, str]) -> Connection:
+        """As if it were new, in one round trip, which also shows whether it still lives."""
+        wanted = {**settings, "application_name": self._application_name(purpose)}
+        if conn.info.server_version >= TRANSACTION_TIMEOUT_VERSION:
+            wanted["transaction_timeout"] = "0"
+        changes = (
+            sql.SQL("SET {} = {}").format(sql.Identifier(name), sql.Literal(value))
+            for name, value in wanted.items()
+        )
+        try:
+            await conn.execute(sql.SQL("; ").join([sql.SQL("RESET ALL"), *changes]), prepare=False)
+        except BaseException:
+            await conn.close()
+            raise
+        return conn
+
+    async def _connected(self, parameters: dict[str, Any]) -> Connection:
         try:
             conn = await psycopg.AsyncConnection.connect(**parameters, autocommit=True)
         except psycopg.OperationalError as error:
@@ -130,13 +194,13 @@ class Database:
     @asynccontextmanager
     async def external(self, purpose: str) -> AsyncIterator[dict[str, str]]:
         """libpq's parameters for a program that opens one connection; it counts as one of ours."""
-        async with self._slots:
+        async with self._slot():
             yield {name: str(value) for name, value in self.conninfo(purpose).items()}
 
     @asynccontextmanager
     async def connect_bulk(self, purpose: str, **settings: str) -> AsyncIterator[asyncpg.Connection[Any]]:
         """An asyncpg connection, for COPY pass-through."""
-        async with self._slots:
+        async with self._slot():
             with translate(self.label):
                 conn = await asyncpg.connect(
                     **asyncpg_parameters(self.url),

@@ -63,7 +63,7 @@ class PgFence:
 
     async def install(self, tables: Sequence[Holding], state: str, say: Say) -> None:
         """Guards on `tables`, the fence beginning in `state`; repeatable."""
-        async with self._database.connect("guard", client_min_messages="warning") as conn:
+        async with self._database.borrow("guard", client_min_messages="warning") as conn:
             async with conn.transaction():
                 await owner.hold(conn, self._identity)
                 await self._guards.make_functions(conn)
@@ -79,7 +79,7 @@ class PgFence:
 
         At a place that the tenant had left before this migration, and did not come back to, the earlier
         tombstone stands again instead."""
-        async with self._database.connect("guard", client_min_messages="warning") as conn:
+        async with self._database.borrow("guard", client_min_messages="warning") as conn:
             found = await (await conn.execute("SELECT to_regclass('mover.fence') IS NOT NULL")).fetchone()
             if found is None or not found[0]:
                 return
@@ -100,7 +100,7 @@ class PgFence:
     async def unguard_owned(self, tables: Sequence[Holding], say: Say) -> None:
         """Where the tenant's rows are gone, nothing can be written to owned tables that the guards of their
         owners would let pass: they need none of their own, which would stand in the way of ALTER TABLE."""
-        async with self._database.connect("guard", client_min_messages="warning") as conn:
+        async with self._database.borrow("guard", client_min_messages="warning") as conn:
             if await self._state_on(conn) != "moved":
                 return  # a later migration has taken the place over
             standing = await self._guards.standing(conn)
@@ -212,13 +212,13 @@ class PgFence:
         await self._change(("aborted",), "closed")
 
     async def state(self) -> str:
-        async with self._database.connect("fence") as conn:
+        async with self._database.borrow("fence") as conn:
             return await self._state_on(conn)
 
     async def refused_writes(self) -> int:
         """How many writes the guard has refused since it was installed."""
         statement = sql.SQL("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {}")
-        async with self._database.connect("fence") as conn:
+        async with self._database.borrow("fence") as conn:
             row = await (await conn.execute(statement.format(self._object("refused")))).fetchone()
             return int(row[0]) if row else 0
 

@@ -48,7 +48,7 @@ async def hold_bulk(conn: asyncpg.Connection[Any], identity: Identity) -> None:
 
 async def take(database: Database, identity: Identity) -> None:
     """End the old owner's backends and raise the epoch. Raises LeaseLost when a newer owner was here."""
-    async with database.connect("owner", lock_timeout=TAKE_TIMEOUT) as conn:
+    async with database.borrow("owner", lock_timeout=TAKE_TIMEOUT) as conn:
         await conn.execute(_END_OLD_BACKENDS, {"prefix": identity.prefix, "epoch": identity.epoch})
         row = await (await conn.execute(_TAKE, (identity.migration, identity.epoch))).fetchone()
         if row is None:

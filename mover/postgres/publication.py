@@ -38,7 +38,7 @@ async def create_publication(
     A table that comes later must be copied from a point after `create_slot` has returned once more.
     Locks: SHARE UPDATE EXCLUSIVE on each table, under a lock timeout: writers are not blocked."""
     name = name_of(migration)
-    async with database.connect("publication") as conn:
+    async with database.borrow("publication") as conn:
 
         async def attempt() -> None:
             cursor = await conn.execute("SELECT 1 FROM pg_publication WHERE pubname = %s", (name,))
@@ -73,7 +73,7 @@ def _filtered(table: MovedTable, tenant: TenantId) -> sql.Composed:
 
 async def drop_publication(database: Database, migration: MigrationId, say: Say) -> None:
     statement = sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(name_of(migration)))
-    async with database.connect("publication", client_min_messages="warning") as conn:
+    async with database.borrow("publication", client_min_messages="warning") as conn:
 
         async def attempt() -> None:
             await conn.execute(statement)
@@ -87,7 +87,7 @@ async def create_slot(database: Database, migration: MigrationId, say: Say) -> L
     Returns only when every transaction that was running beside the slot's birth has ended: one whose
     commit record the slot may have missed must not be invisible to the first consistent point."""
     name = name_of(migration)
-    async with database.connect("slot", lock_timeout=f"{SLOT_LOCK_TIMEOUT_MS}ms") as conn:
+    async with database.borrow("slot", lock_timeout=f"{SLOT_LOCK_TIMEOUT_MS}ms") as conn:
         while (lsn := await _slot_lsn(conn, name)) is None:
             try:
                 await conn.execute(_CREATE_SLOT, (name,))
@@ -101,7 +101,7 @@ async def store_start(target: Database, identity: Identity, start: Lsn) -> None:
     """The stream's starting position as the target's progress; an existing progress is kept.
 
     Raises SlotLost when the slot is newer than what the target has seen: changes would be missing."""
-    async with target.connect("progress") as conn, conn.transaction():
+    async with target.borrow("progress") as conn, conn.transaction():
         await owner.hold(conn, identity)
         row = await (await conn.execute(_STORE_START, (identity.migration, str(start)))).fetchone()
         if row is not None and Lsn.parse(str(row[0])) < start:
@@ -111,7 +111,7 @@ async def store_start(target: Database, identity: Identity, start: Lsn) -> None:
 async def drop_slot(database: Database, migration: MigrationId) -> None:
     """Ends whoever reads the slot and drops it; nothing happens if it is gone."""
     name = name_of(migration)
-    async with database.connect("slot") as conn:
+    async with database.borrow("slot") as conn:
         for _ in range(100):
             row = await (await conn.execute(_SLOT_READER, (name,))).fetchone()
             if row is None:
@@ -127,7 +127,7 @@ async def drop_slot(database: Database, migration: MigrationId) -> None:
 
 async def retained_bytes(database: Database, migration: MigrationId) -> tuple[int, str] | None:
     """WAL that the slot keeps on the source, and its `wal_status`; None when it is gone."""
-    async with database.connect("slot") as conn:
+    async with database.borrow("slot") as conn:
         row = await (await conn.execute(_RETAINED, (name_of(migration),))).fetchone()
         return None if row is None else (int(row[0] or 0), str(row[1]))
 

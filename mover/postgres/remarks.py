@@ -51,7 +51,7 @@ async def carry(
     source: Database, target: Database, identity: Identity, schemas: Mapping[str, str], say: Say
 ) -> None:
     """Both sides have the same objects. Repeatable."""
-    async with source.connect("remarks") as ours, target.connect("remarks") as theirs:
+    async with source.borrow("remarks") as ours, target.borrow("remarks") as theirs:
         wanted = await _read(ours, schemas)
         there = await _read(theirs, {schema: schema for schema in schemas.values()})
         roles = {row["name"] for row in await catalog.rows(theirs, "roles")}

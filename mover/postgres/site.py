@@ -34,11 +34,14 @@ from mover.postgres.writer import Writer
 # Connections of a side that are open beside the copy workers': stream, marks, snapshot holder, two
 # readers, the fence's holder, and one for whatever is asked in between.
 BESIDE_WORKERS = 7
+# Of a side, worth keeping open between two questions: one for the algorithm, one for the slot's watch.
+KEPT_CONNECTIONS = 2
 
 
 @dataclass
 class PgSite:
-    """`budget_s` bounds how long a frozen daemon can hold the tenant's writers."""
+    """`budget_s` bounds how long a frozen daemon can hold the tenant's writers; up to `kept` connections of
+    each side stay open between two questions, until `rest`."""
 
     tenant: TenantId
     identity: Identity
@@ -48,6 +51,7 @@ class PgSite:
     workers: int
     connections: int
     budget_s: float
+    kept: int = 0
     source: Database = field(init=False)
     target: Database = field(init=False)
     source_fence: PgFence = field(init=False)
@@ -55,13 +59,20 @@ class PgSite:
     _cloned: clone.ClonedDdl | None = None  # the same for every wave
 
     def __post_init__(self) -> None:
-        self.source = Database(self.source_place.url, "source", self.identity, self.connections)
-        self.target = Database(self.target_place.url, "target", self.identity, self.connections)
+        self.source = self._database(self.source_place, "source")
+        self.target = self._database(self.target_place, "target")
         self.source_fence = self._fence(self.source, self.source_place)
         self.target_fence = self._fence(self.target, self.target_place)
 
+    def _database(self, place: Place, label: str) -> Database:
+        return Database(place.url, label, self.identity, self.connections, self.kept)
+
     def _fence(self, database: Database, place: Place) -> PgFence:
         return PgFence(database, self.tenant, place.vertical, self.identity, self.budget_s)
+
+    def rest(self) -> None:
+        self.source.end_idle()
+        self.target.end_idle()
 
     async def preflight(self) -> Plan:
         try:
@@ -73,13 +84,13 @@ class PgSite:
         return judge(facts)
 
     async def provision(self) -> None:
-        async with self.target.connect("provision") as conn:
+        async with self.target.borrow("provision") as conn:
             await conn.execute("SELECT 1")
 
     async def server_identities(self) -> Mapping[str, str]:
         found = {}
         for side, database in ((Side.SOURCE, self.source), (Side.TARGET, self.target)):
-            async with database.connect("identity") as conn:
+            async with database.borrow("identity") as conn:
                 row = await (await conn.execute(_SERVER_IDENTITY)).fetchone()
                 assert row is not None
                 found[side.value] = str(row[0])
@@ -101,7 +112,7 @@ class PgSite:
             await clone.apply_pre(self.target, self._cloned, self.identity.migration)
 
     async def schema_stamp(self) -> str:
-        async with self.source.connect("compare") as conn:
+        async with self.source.borrow("compare") as conn:
             return await align.read_stamp(conn, self.source_place.schemas, self.tenancy.column)
 
     async def align(self, shape: Shape, say: Say, *, is_built: bool) -> Aligned:
@@ -270,13 +281,13 @@ class PgSite:
         """The target's tables in which we may have put rows of the tenant, owners first: not only the planned
         ones, since an operator may have renamed one to follow the source."""
         schemas = self.target_place.schemas
-        async with self.target.connect("undo") as conn:
+        async with self.target.borrow("undo") as conn:
             relations = [
                 r for r in await catalog.read_relations(conn, schemas) if r.kind in "rp" and r.root is None
             ]
             keys = [*await catalog.read_foreign_keys(conn, schemas), *_planned_keys(shape)]
         if any(table.owners for table in shape.tables):  # which a fresh target's keys follow at the end
-            async with self.source.connect("undo") as conn:
+            async with self.source.borrow("undo") as conn:
                 found = await catalog.read_foreign_keys(conn, self.source_place.schemas)
             keys += [
                 replace(k, child=self._on_target(k.child), parent=self._on_target(k.parent)) for k in found

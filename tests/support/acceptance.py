@@ -234,6 +234,7 @@ class Watch:
     _leftovers_before: dict[Home, list[str]] = field(default_factory=dict)
     _unswitched_at: float = 0.0
     _frozen: psycopg.Connection | None = None
+    _eye: psycopg.Connection | None = None
 
     def __post_init__(self) -> None:
         self.take_others()
@@ -289,13 +290,15 @@ class Watch:
         return self.row
 
     def _read(self) -> dict[str, Any]:
-        with psycopg.connect(self.scene.platform.url, row_factory=dict_row) as conn:
-            return conn.execute(
-                "select status, phase, switched_at, error, owner, epoch, wish, progress,"
-                " coalesce(lease_until > now(), false) as leased"
-                " from platform.tenant_migrations where id = %s",
-                (self.id,),
-            ).fetchone()
+        """On a connection that stays: looks are many."""
+        if self._eye is None or self._eye.closed:
+            self._eye = psycopg.connect(self.scene.platform.url, autocommit=True, row_factory=dict_row)
+        return self._eye.execute(
+            "select status, phase, switched_at, error, owner, epoch, wish, progress,"
+            " coalesce(lease_until > now(), false) as leased"
+            " from platform.tenant_migrations where id = %s",
+            (self.id,),
+        ).fetchone()
 
     def _remember(self) -> None:
         error = (self.row["error"] or {}).get("code")
@@ -320,6 +323,11 @@ class Watch:
         return self._frozen
 
     def close(self) -> None:
+        self._thaw()
+        if self._eye is not None:
+            self._eye.close()
+
+    def _thaw(self) -> None:
         if self._frozen is not None:
             self._frozen.close()
             self._frozen = None
@@ -374,7 +382,7 @@ class Watch:
                 assert ours == theirs, f"{name}: {ours} at the switch, {theirs} on the target"
                 compared += ours.count
         assert compared > 0
-        self.close()  # its locks would be in the way of the next migration
+        self._thaw()  # its locks would be in the way of the next migration
 
     def _untouched(self, home: Home, table: str, since: Mapping[str, list[str]]) -> tuple[sql.Composed, dict]:
         condition = sql.SQL("tenant_id = %(tenant)s and " + UNTOUCHED.get(table, "true"))
