@@ -135,7 +135,17 @@ async def run_example(servers: Servers, example: Example) -> None:
                 await _Run(servers, example, source, target).run()
     except Exception as error:
         error.add_note(f"{servers.source.version} to {servers.target.version}\n{example}")
+        error.add_note(await _story(servers))
         raise
+
+
+async def _story(servers: Servers) -> str:
+    """What the migration has to say of itself: one that halted is only waited for."""
+    async with servers.platform.transaction() as conn:
+        state = "select status, phase, error, progress ->> 'waiting_for' from platform.tenant_migrations"
+        events = "select at::time, message from platform.migration_events order by at desc limit 30"
+        rows = [*await (await conn.execute(state)).fetchall(), *await (await conn.execute(events)).fetchall()]
+    return "\n".join(map(str, rows))
 
 
 @contextmanager
