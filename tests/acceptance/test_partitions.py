@@ -101,6 +101,10 @@ MOVES = (
     " and id = (select id from readings where tenant_id = %(t)s order by value, id limit 1)",
     "update prescriptions set kind = case kind when 'a' then 'z' else 'a' end, drug = drug || '.'"
     " where tenant_id = %(t)s and id %% 30 = %(n)s",
+    "insert into results values (gen_random_uuid(), %(day)s, %(t)s, %(n)s, repeat('y', 300))",
+    "update results set taken = taken + 200, value = value + 1 where tenant_id = %(t)s and value = %(n)s"
+    " and taken < '2026-03-01'",
+    "delete from results where tenant_id = %(t)s and value = %(n)s and taken > '2026-06-01'",
 )
 
 
