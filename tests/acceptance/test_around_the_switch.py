@@ -3,6 +3,7 @@ they were, and migrations that wait without being in anybody's way."""
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from uuid import UUID
 
@@ -186,12 +187,12 @@ async def test_a_reference_to_another_tenants_row_that_comes_under_way_stops_the
     ((document, folder),) = core.execute(A_DOCUMENT, scene.tenant)
     ((_, theirs),) = core.execute(A_DOCUMENT, scene.tenants[1].id)
     async with scene.frozen_at(point) as (watch, stage, workload):
-        core.execute(REFER, theirs, document)
+        await asyncio.to_thread(core.execute, REFER, theirs, document)
         stage.send_signal(SIGCONT)
         await watch.until("paused")
         assert (watch.row["switched_at"], watch.row["error"]["code"]) == (None, "dangling_references")
         assert said in watch.row["error"]["message"]
-        core.execute(REFER, folder, document)
+        await asyncio.to_thread(core.execute, REFER, folder, document)
         assert (await stage.run("resume", watch.id))[0] == 0
         await watch.until("completed")
     clean(workload.report())
@@ -206,12 +207,12 @@ async def test_rows_to_which_another_tenants_came_to_refer_are_not_removed(pg16,
     ((document, theirs),) = core.execute(A_DOCUMENT, scene.tenants[1].id)
     async with scene.frozen_at("monitor.begun") as (watch, stage, workload):
         await watch.until_row(lambda row: row["switched_at"] is not None)
-        core.execute(REFER, folder, document)
+        await asyncio.to_thread(core.execute, REFER, folder, document)
         stage.send_signal(SIGCONT)
         await watch.until_row(lambda row: (row["error"] or {}).get("code") == "dangling_references")
         assert "1 row of other tenants in core_dms.documents" in watch.row["error"]["message"]
         assert core.execute("select count(*) > 0 from core_dms.folders where id = %s", folder) == [(True,)]
-        core.execute(REFER, theirs, document)
+        await asyncio.to_thread(core.execute, REFER, theirs, document)
         watch.take_others()
         await watch.until("completed")
     clean(workload.report())

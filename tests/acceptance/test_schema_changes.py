@@ -3,6 +3,7 @@ and what may have changed in the rows is copied anew."""
 
 from __future__ import annotations
 
+import asyncio
 import signal
 
 import pytest
@@ -42,7 +43,7 @@ async def test_a_harmless_change_is_followed(pg16, pg18, make_scene, point):
     """With the values that were written before anybody had noticed."""
     scene = make_scene(pg16, pg18)
     async with scene.frozen_at(point) as (watch, stage, workload):
-        change(scene.homes[CORE], *FOLLOWED)
+        await change(scene.homes[CORE], *FOLLOWED)
         filled = fill(scene)
         watch.take_others()
         stage.send_signal(SIGCONT)
@@ -63,7 +64,7 @@ async def test_a_change_under_the_fence_is_seen_there(pg16, pg18, make_scene):
         await stage.start(**at("cutover.closed", SIGSTOP))
         await watch.submit(stage)
         await until_stopped(stage)
-        change(scene.homes[CORE], FOLLOWED[0])
+        await change(scene.homes[CORE], FOLLOWED[0])
         watch.take_others()
         stage.send_signal(SIGCONT)
         await watch.until_row(lambda row: (row["error"] or {}).get("code") == "plan_outdated")
@@ -79,7 +80,7 @@ async def test_an_operators_alignment_is_enough_to_go_on(pg16, pg18, make_scene,
     scene = make_scene(pg16, pg18)
     async with scene.frozen_at(point) as (watch, stage, workload):
         core, estate = scene.homes[CORE], scene.homes[ESTATE]
-        change(core, *OPERATORS)
+        await change(core, *OPERATORS)
         core.execute("insert into core_crm.visits select %s from generate_series(1, 50)", scene.tenant)
         core.execute("insert into core_dms.document_tags select %s, gen_random_uuid(), 1, 2", scene.tenant)
         core.execute("update core_crm.deals set stage = 'parked' where tenant_id = %s", scene.tenant)
@@ -93,7 +94,7 @@ async def test_an_operators_alignment_is_enough_to_go_on(pg16, pg18, make_scene,
             assert (await stage.run("resume", watch.id))[0] == 0
             await watch.until_row(lambda row: row["epoch"] > epoch)  # noqa: B023
         await watch.until("paused")
-        change(estate, *OPERATORS)
+        await change(estate, *OPERATORS)
         watch.take_others()
         assert (await stage.run("resume", watch.id))[0] == 0
         await watch.until("completed")
@@ -108,7 +109,7 @@ async def test_a_row_that_only_the_changed_schema_takes_pauses_instead_of_failin
     scene = make_scene(pg16, pg18)
     parked = "alter type {0}_crm.deal_stage add value 'parked'"
     async with scene.frozen_at("catch_up.begun") as (watch, stage, workload):
-        change(scene.homes[CORE], parked)
+        await change(scene.homes[CORE], parked)
         scene.homes[CORE].execute(
             "update core_crm.deals set stage = 'parked' where tenant_id = %s", scene.tenant
         )
@@ -116,7 +117,7 @@ async def test_a_row_that_only_the_changed_schema_takes_pauses_instead_of_failin
         await watch.until("paused")
         assert watch.row["error"]["code"] == "schema_changed"
         assert "type realestate_crm.deal_stage" in watch.row["error"]["message"]
-        change(scene.homes[ESTATE], parked)
+        await change(scene.homes[ESTATE], parked)
         assert (await stage.run("resume", watch.id))[0] == 0
         await watch.until("completed")
     clean(workload.report())
@@ -150,11 +151,11 @@ async def test_a_migration_whose_schemas_changed_can_be_called_off(pg16, pg18, m
     """In a target with other tenants, where every row has to be found."""
     scene = make_scene(pg16, pg18, shared=True)
     async with scene.frozen_at("verify.begun") as (watch, stage, workload):
-        change(scene.homes[CORE], *OPERATORS)
+        await change(scene.homes[CORE], *OPERATORS)
         stage.send_signal(SIGCONT)
         await watch.until("paused")
         if aligned:
-            change(scene.homes[ESTATE], *OPERATORS)
+            await change(scene.homes[ESTATE], *OPERATORS)
         watch.take_others()
         assert (await stage.run("cancel", watch.id))[0] == 0
         await watch.until("cancelled")
@@ -166,11 +167,11 @@ async def test_rows_that_are_copied_anew_survive_the_death_of_the_daemon(pg16, p
     """What is to be copied anew was noted before the plan was brought up to date."""
     scene = make_scene(pg16, pg18)
     async with scene.frozen_at("verify.begun") as (watch, stage, workload):
-        change(scene.homes[CORE], *OPERATORS)
+        await change(scene.homes[CORE], *OPERATORS)
         stage.send_signal(SIGCONT)
         await watch.until("paused")
         await stage.kill()
-        change(scene.homes[ESTATE], *OPERATORS)
+        await change(scene.homes[ESTATE], *OPERATORS)
         watch.take_others()
         await stage.start(**at("align.planned"))
         assert (await stage.run("resume", watch.id))[0] == 0
@@ -181,9 +182,10 @@ async def test_rows_that_are_copied_anew_survive_the_death_of_the_daemon(pg16, p
     watch.check_completed()
 
 
-def change(home: Home, *statements: str) -> None:
+async def change(home: Home, *statements: str) -> None:
+    """In a thread: the writers, for whose locks it waits, work in this one's event loop."""
     for statement in statements:
-        home.execute(statement.format(home.vertical))
+        await asyncio.to_thread(home.execute, statement.format(home.vertical))
 
 
 def fill(scene: Scene) -> dict[int, int]:
