@@ -87,8 +87,9 @@ class ColumnFacts:
 
     @property
     def can_name_tenants(self) -> bool:
-        """Whether a tenant's id is compared with it as one text."""
-        return self.type in ("uuid", "text") or self.type.startswith("character varying")
+        """Whether a tenant's id is compared with it as one text, letter by letter."""
+        is_text = self.type == "text" or self.type.startswith("character varying")
+        return self.type == "uuid" or (is_text and self.deterministic)
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,10 +95,11 @@ class Membership:
         there.discard(old_key)
         if is_ours:
             there.add(new_key)
+        if not was_ours:
+            self._give_up(table, change)
         if isinstance(change, Update) and was_ours != is_ours:
             change = self._crossing(table, change, is_ours)
         elif not (was_ours or is_ours):
-            self._give_up(table, change)
             return
         self._account(table, change)
         yield change

@@ -261,8 +261,6 @@ class Move:
                             await verification.check_schemas()
                         async with self._phase(Phase.VERIFY):
                             await verification.until_small()
-                            await self.site.check_references(shape)
-                            await verification.until_small()
                         async with self._phase(Phase.CUTOVER):
                             await self._cut_over(shape, world, follower, verification)
                         following.cancel()
@@ -346,6 +344,7 @@ class Move:
             await self._know_servers()
             await self.site.check_schemas(shape)
             await self.site.carry_remarks(shape, self._say)
+            await self.site.check_references(shape, self._say)
             await verification.check_schemas()
             await self._catch_up(follower)
             await verification.until_small()
@@ -448,7 +447,7 @@ class Move:
     async def _clean_up(self, shape: Shape) -> None:
         async with self._phase(Phase.CLEANUP):
             # What others refer to would be gone without a word: foreign keys do not act on what we remove.
-            await self.site.check_references(shape)
+            await self.site.check_others_references(shape, self._say)
             await self._step("cleanup.source_rows", self.site.remove_source_rows, shape, self._say)
             await self._step("cleanup.owned_guards", self.site.unguard_owned, shape, self._wait_for)
             # Only now: the index that it needed finds the tenant's rows for the deletes, too.

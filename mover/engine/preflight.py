@@ -55,9 +55,9 @@ def judge_again(facts: Facts, before: Shape) -> tuple[Shape, tuple[Finding, ...]
 
 
 def judge_references(facts: Facts) -> tuple[Finding, ...]:
-    """The refusals that rows can bring which refer across tenants."""
+    """What is to be said of rows that refer across tenants, the refusals first."""
     findings = across_tenants(facts, table_classes.classify(facts))
-    return tuple(finding for finding in findings if not finding.warning)
+    return tuple(sorted(findings, key=lambda finding: finding.warning))
 
 
 def _shape(facts: Facts, classes: Classes, ordered: list[Relation]) -> Shape:

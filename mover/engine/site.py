@@ -109,8 +109,13 @@ class Site(Protocol):
         """Raises PlanOutdated when `align` has something to do, SchemaChanged when an operator has."""
         ...
 
-    async def check_references(self, shape: Shape) -> None:
-        """Raises DanglingReferences when rows refer across tenants that did not when it was planned."""
+    async def check_references(self, shape: Shape, say: Say) -> None:
+        """Raises DanglingReferences when rows refer across tenants that did not when it was planned; says
+        which foreign keys could not be looked through in time."""
+        ...
+
+    async def check_others_references(self, shape: Shape, say: Say) -> None:
+        """The same of other tenants' rows that refer to the tenant's, once these belong elsewhere."""
         ...
 
     async def carry_remarks(self, shape: Shape, say: Say) -> None:

@@ -149,8 +149,9 @@ def _unfit(facts: Facts, relation: Relation) -> Iterator[Finding]:
         yield _refusal(
             relation,
             "tenant_column_type",
-            f"has {column.name} of type {column.type}",
-            "The tenant column must be uuid, text or character varying.",
+            f"has {column.name} of type {column.type}"
+            + ("" if column.deterministic else ", whose collation takes different texts for equal"),
+            "The tenant column must be uuid, text or character varying, under a deterministic collation.",
         )
 
 

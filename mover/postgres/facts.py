@@ -61,17 +61,17 @@ async def gather(
         sides = [task.result() for task in reading]
         wanted = max(source.limit, target.limit)
         base = Facts(tenant, tenancy, schemas, sides[0], sides[1], connections_wanted=wanted)
-        return await _Gathering(_Server(ours, source.label), _Server(theirs, target.label), base).run()
+        return await _Gathering(_Server(ours, source.label), base, _Server(theirs, target.label)).run()
 
 
-async def gather_references(source: Database, target: Database, base: Facts) -> Facts:
-    """`base` with the rows that refer across tenants now."""
-    async with source.connect("references") as ours, target.connect("references") as theirs:
-        gathering = _Gathering(_Server(ours, source.label), _Server(theirs, target.label), base)
+async def gather_references(source: Database, base: Facts, *, of_tenant: bool = True) -> Facts:
+    """`base` with the rows that refer across tenants now; the tenant's own only if `of_tenant`."""
+    async with source.connect("references") as conn:
+        reading = _Reading(_Server(conn, source.label), base)
         return replace(
             base,
-            foreign_children=await gathering.across_tenants(of_child=False),
-            foreign_parents=await gathering.across_tenants(of_child=True),
+            foreign_children=await reading.across_tenants(of_child=False),
+            foreign_parents=await reading.across_tenants(of_child=True) if of_tenant else (),
         )
 
 
@@ -97,27 +97,11 @@ class _Server:
 
 
 @dataclass
-class _Gathering:
-    """The checks that read rows, on one connection a side."""
+class _Reading:
+    """The checks that read rows of the source only."""
 
     source: _Server
-    target: _Server
     base: Facts
-
-    async def run(self) -> Facts:
-        outside = await self._parents_outside()
-        return replace(
-            self.base,
-            rows={r.ref: await self._rows(r.ref) for r in self._readable},
-            target_tenant_tables=await self._target_tenant_tables(),
-            parents_outside=outside,
-            differences=await self._differences(),
-            missing_references=await self._missing_references(outside),
-            foreign_children=await self.across_tenants(of_child=False),
-            foreign_parents=await self.across_tenants(of_child=True),
-            collisions=await self._collisions(),
-            orphans=await self._orphans(),
-        )
 
     @cached_property
     def _ownership(self) -> Ownership:
@@ -143,12 +127,6 @@ class _Gathering:
             and not relation.row_security
         )
 
-    @cached_property
-    def _moved(self) -> frozenset[TableRef]:
-        """Also those that our role may not read."""
-        tenants = {r.ref for r in self.base.source.relations if self.base.is_tenant_table(r)}
-        return frozenset(tenants | self._ownership.keys.keys())
-
     def _is_tenants(self, table: TableRef, alias: str, side: Side = Side.SOURCE) -> sql.Composed:
         """The condition for rows of the source's `table`, or its twin on the target."""
         column = self.base.tenancy.column
@@ -156,6 +134,72 @@ class _Gathering:
         there = table if side is Side.SOURCE else self.base.mapped(table)
         holding = Holding(there, None if owners else column, ties(owners, side))
         return holdings.is_tenants(holding, alias, self.base.tenant)
+
+    async def across_tenants(self, *, of_child: bool) -> tuple[Dangling, ...]:
+        """Rows that refer across tenants: the tenant's own (`of_child`), or others' to the tenant's."""
+        column = self.base.tenancy.column
+        readable = {r.ref for r in self._readable}
+        found = []
+        for key in self.base.source.foreign_keys:
+            pairs = zip(key.child_columns, key.parent_columns, strict=True)
+            is_owner = self._ownership.keys.get(key.child) == (key,)
+            if not {key.child, key.parent} <= readable or (column, column) in pairs or is_owner:
+                continue
+            mine, others = ("c", "p") if of_child else ("p", "c")
+            tables = {"c": key.child, "p": key.parent}
+            query = _across_query(
+                self._joined(key),
+                key,
+                self._is_tenants(tables[mine], mine),
+                self._is_tenants(tables[others], others),
+            )
+            count = await self.source.bounded(CROSS_CHECK_TIMEOUT_S, query)
+            if count != 0:
+                found.append(Dangling(key, count))
+        return tuple(found)
+
+    def _joined(self, key: ForeignKey) -> sql.Composed:
+        """The rows `c` that refer to the rows `p`."""
+        relations = (self.base.source.relation(key.child), self.base.source.relation(key.parent))
+        equal = []
+        for child, parent in zip(key.child_columns, key.parent_columns, strict=True):
+            mine, theirs = (r and r.column(name) for r, name in zip(relations, (child, parent), strict=True))
+            apart = mine and theirs and mine.is_collated_apart(theirs)
+            by = (
+                sql.SQL("COLLATE {} ").format(_deparsed(theirs.collation))
+                if apart and theirs
+                else sql.SQL("")
+            )
+            equal.append(sql.SQL("c.{} {}= p.{}").format(sql.Identifier(child), by, sql.Identifier(parent)))
+        return sql.SQL(" AND ").join(equal)
+
+
+@dataclass
+class _Gathering(_Reading):
+    """The checks that read rows, on one connection a side."""
+
+    target: _Server
+
+    async def run(self) -> Facts:
+        outside = await self._parents_outside()
+        return replace(
+            self.base,
+            rows={r.ref: await self._rows(r.ref) for r in self._readable},
+            target_tenant_tables=await self._target_tenant_tables(),
+            parents_outside=outside,
+            differences=await self._differences(),
+            missing_references=await self._missing_references(outside),
+            foreign_children=await self.across_tenants(of_child=False),
+            foreign_parents=await self.across_tenants(of_child=True),
+            collisions=await self._collisions(),
+            orphans=await self._orphans(),
+        )
+
+    @cached_property
+    def _moved(self) -> frozenset[TableRef]:
+        """Also those that our role may not read."""
+        tenants = {r.ref for r in self.base.source.relations if self.base.is_tenant_table(r)}
+        return frozenset(tenants | self._ownership.keys.keys())
 
     async def _rows(self, table: TableRef) -> Rows:
         column = self.base.tenancy.column
@@ -259,44 +303,6 @@ class _Gathering:
             "SELECT count(*) FROM pg_temp.mover_keys k WHERE NOT EXISTS (SELECT FROM {} p WHERE {})"
         ).format(table, sql.SQL(" AND ").join(match))
         return await self._against(self._referenced_values(key), like, query)
-
-    async def across_tenants(self, *, of_child: bool) -> tuple[Dangling, ...]:
-        """Rows that refer across tenants: the tenant's own (`of_child`), or others' to the tenant's."""
-        column = self.base.tenancy.column
-        readable = {r.ref for r in self._readable}
-        found = []
-        for key in self.base.source.foreign_keys:
-            pairs = zip(key.child_columns, key.parent_columns, strict=True)
-            is_owner = self._ownership.keys.get(key.child) == (key,)
-            if not {key.child, key.parent} <= readable or (column, column) in pairs or is_owner:
-                continue
-            mine, others = ("c", "p") if of_child else ("p", "c")
-            tables = {"c": key.child, "p": key.parent}
-            query = _across_query(
-                self._joined(key),
-                key,
-                self._is_tenants(tables[mine], mine),
-                self._is_tenants(tables[others], others),
-            )
-            count = await self.source.bounded(CROSS_CHECK_TIMEOUT_S, query)
-            if count != 0:
-                found.append(Dangling(key, count))
-        return tuple(found)
-
-    def _joined(self, key: ForeignKey) -> sql.Composed:
-        """The rows `c` that refer to the rows `p`."""
-        relations = (self.base.source.relation(key.child), self.base.source.relation(key.parent))
-        equal = []
-        for child, parent in zip(key.child_columns, key.parent_columns, strict=True):
-            mine, theirs = (r and r.column(name) for r, name in zip(relations, (child, parent), strict=True))
-            apart = mine and theirs and mine.is_collated_apart(theirs)
-            by = (
-                sql.SQL("COLLATE {} ").format(_deparsed(theirs.collation))
-                if apart and theirs
-                else sql.SQL("")
-            )
-            equal.append(sql.SQL("c.{} {}= p.{}").format(sql.Identifier(child), by, sql.Identifier(parent)))
-        return sql.SQL(" AND ").join(equal)
 
     async def _orphans(self) -> Mapping[TableRef, int | None]:
         """Rows of owned tables that refer to none of their owners."""

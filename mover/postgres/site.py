@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from mover.core.alignment import Difference, check_keys, judge_differences, operator_needed
 from mover.core.crash import reach
 from mover.core.errors import DanglingReferences, NotReady, PlanOutdated, TableUnfit, Unreachable, Where
-from mover.core.facts import ForeignKey, Tenancy
+from mover.core.facts import Facts, ForeignKey, Tenancy
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.migration import Place
 from mover.core.ownership import holdings_in
@@ -127,11 +127,21 @@ class PgSite:
         if self._to_follow(look, shape, is_built=True) or self._planned_again(look, shape) != shape:
             raise PlanOutdated("the source's schemas have changed since the migration was planned")
 
-    async def check_references(self, shape: Shape) -> None:
+    async def check_references(self, shape: Shape, say: Say) -> None:
         facts = (await self._look(shape)).facts
-        for refusal in judge_references(await gather_references(self.source, self.target, facts)):
-            where = Where(self.tenant, refusal.table)
-            raise DanglingReferences(refusal.message, where=where, hint=refusal.hint)
+        await self._judge_references(await gather_references(self.source, facts), say)
+
+    async def check_others_references(self, shape: Shape, say: Say) -> None:
+        facts = (await self._look(shape)).facts
+        found = await gather_references(self.source, facts, of_tenant=False)
+        await self._judge_references(found, say)
+
+    async def _judge_references(self, facts: Facts, say: Say) -> None:
+        for finding in judge_references(facts):
+            if not finding.warning:
+                where = Where(self.tenant, finding.table)
+                raise DanglingReferences(finding.message, where=where, hint=finding.hint)
+            await say(finding.message)
 
     async def _look(self, shape: Shape) -> Look:
         return await align.look(self.source, self.target, shape.schemas, self.tenancy, self.tenant)

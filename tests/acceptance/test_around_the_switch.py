@@ -7,6 +7,7 @@ import asyncio
 import signal
 from uuid import UUID
 
+import psycopg
 import pytest
 
 from mover.core.ids import Epoch, MigrationId
@@ -199,14 +200,38 @@ async def test_a_reference_to_another_tenants_row_that_comes_under_way_stops_the
     watch.check_completed()
 
 
+async def test_a_reference_that_comes_between_two_cutover_attempts_stops_the_next(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    core, watch = scene.homes[CORE], scene.watch()
+    ((document, folder),) = core.execute(A_DOCUMENT, scene.tenant)
+    ((_, theirs),) = core.execute(A_DOCUMENT, scene.tenants[1].id)
+    async with scene.daemon() as stage:
+        with holding_off(core, scene.tenant):
+            await watch.submit(stage)
+            await watch.until_row(lambda row: "next cutover" in (row["progress"].get("waiting_for") or ""))
+            core.execute(REFER, theirs, document)
+        await watch.until("paused")
+        assert (watch.row["switched_at"], watch.row["error"]["code"]) == (None, "dangling_references")
+        core.execute(REFER, folder, document)
+        assert (await stage.run("resume", watch.id))[0] == 0
+        await watch.until("completed")
+    watch.check_completed()
+
+
 async def test_rows_to_which_another_tenants_came_to_refer_are_not_removed(pg16, pg18, make_scene):
-    """Foreign keys do not act on what the clean-up deletes: theirs would refer to nothing."""
+    """Foreign keys do not act on what the clean-up deletes: theirs would refer to nothing. What the
+    tenant's own rows refer to, which nobody may change there any more, is in nobody's way."""
     scene = make_scene(pg16, pg18)
     core = scene.homes[CORE]
     ((_, folder),) = core.execute(A_DOCUMENT, scene.tenant)
     ((document, theirs),) = core.execute(A_DOCUMENT, scene.tenants[1].id)
     async with scene.frozen_at("monitor.begun") as (watch, stage, workload):
         await watch.until_row(lambda row: row["switched_at"] is not None)
+        with psycopg.connect(core.url) as conn:  # as only the mover may
+            conn.execute(f"set mover.tenant = '{scene.tenant}'")
+            conn.execute(
+                "update core_dms.documents set folder_id = %s where folder_id = %s", (theirs, folder)
+            )
         await asyncio.to_thread(core.execute, REFER, folder, document)
         stage.send_signal(SIGCONT)
         await watch.until_row(lambda row: (row["error"] or {}).get("code") == "dangling_references")

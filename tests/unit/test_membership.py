@@ -176,3 +176,11 @@ def test_a_sheet_made_anew_under_another_binder_takes_its_marks_along():
     known = waiting({}, {B: {("ours",)}})
     list(known.tenants([Delete(SHEET, row("s", None, None)), Insert(SHEET, row("s", "ours", ""))]))
     assert known.rehomed == {S: {("s",)}}
+
+
+def test_what_waits_for_a_number_that_a_sheet_gave_up_as_it_came_to_the_tenant_is_looked_for():
+    """The sheet was another tenant's: its marks stay behind, and are the tenant's by the next sheet."""
+    known = waiting({}, {B: {("ours",)}})
+    comes = Update(SHEET, row("s", None, None), row("s2", "ours", ""))
+    list(known.tenants([comes, Insert(SHEET, row("s", "ours", ""))]))
+    assert known.rehomed == {S: {("s",), ("s2",)}}

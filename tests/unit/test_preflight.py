@@ -19,7 +19,7 @@ from mover.core.facts import (
     TriggerFacts,
 )
 from mover.core.ids import Side, TableRef
-from mover.engine.preflight import judge, judge_again
+from mover.engine.preflight import judge, judge_again, judge_references
 from tests.support.facts import KEY, SERVER, column, facts, key, server, table
 
 
@@ -320,3 +320,16 @@ def test_a_table_without_a_key_needs_whole_rows_in_the_stream():
     large = {documents.ref: Rows(1_000_000, 1 << 30, exact=False, exists=True)}
     (finding,) = judge(facts(documents, rows=large)).findings
     assert "compared only after the switch" in finding.message
+
+
+def test_a_tenant_column_whose_equal_texts_are_not_the_same_is_refused():
+    """Rows that the server does not filter are told apart by their letters."""
+    loose = replace(column("tenant_id", "text"), deterministic=False)
+    plan = judge(facts(table("documents", columns=(column("id"), loose))))
+    assert [f.code for f in plan.refusals] == ["tenant_column_type"]
+
+
+def test_references_that_must_be_corrected_are_told_before_those_that_were_not_counted():
+    unknown, wrong = Dangling(key("a", "b"), None), Dangling(key("c", "d"), 2)
+    found = judge_references(facts(foreign_parents=(unknown,), foreign_children=(wrong,)))
+    assert [f.code for f in found] == ["cross_tenant_reference", "cross_tenant_unchecked"]
