@@ -86,20 +86,16 @@ class OwnerChange:
     """Of a row to which owned rows may refer, told by our row trigger."""
 
     table: TableRef
+    rows: tuple[Mapping[str, str | None], ...]  # the columns referred to
 
 
-@dataclass(slots=True)
 class Rehomed(OwnerChange):
-    """It changed its tenant, from or to ours; those that refer to it do not change themselves."""
+    """It changed its tenant, from or to ours: as it was and as it is. Those that refer to it do not change
+    themselves."""
 
-    rows: tuple[Mapping[str, str | None], ...]  # as it was and as it is: the referenced columns
 
-
-@dataclass(slots=True)
 class Vacated(OwnerChange):
-    """Another tenant's was deleted, or changed the columns by which others refer to it."""
-
-    row: Mapping[str, str | None]  # as it was: the referenced columns
+    """Another tenant's was deleted, or changed the columns by which others refer to it: as it was."""
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TypeAlias
 
 from mover.core.changes import (
@@ -159,19 +160,12 @@ class Membership:
             self._await((table.source, names), _given(change.relation, change.old, names))
 
     def _hear(self, change: OwnerChange) -> None:
-        table = self.tables.get(change.table)
-        for names in table.referenced if table else ():
-            reference = (change.table, names)
-            match change:
-                case Rehomed(_, rows):
-                    for row in rows:
-                        if (value := _told(row, names)) is not None:
-                            self._note(reference, value)
-                case Vacated(_, row):
-                    if (value := _told(row, names)) is not None:
-                        if value in self.values.get(reference, ()):  # told when the statement has ended
-                            self._note(reference, value)
-                        self._await(reference, value)
+        for reference, value in _told(change, self.tables):
+            # A trigger tells when the statement has ended: the tenant's may have taken the values by then.
+            if isinstance(change, Rehomed) or value in self.values.get(reference, ()):
+                self._note(reference, value)
+            else:
+                self._await(reference, value)
 
     def _await(self, reference: Reference, value: Key) -> None:
         if reference in self.deferred:
@@ -188,10 +182,8 @@ def questions(
     asked = Questions()
     for change in changes:
         if isinstance(change, OwnerChange):
-            if isinstance(change, Vacated) and (owner := tables.get(change.table)) is not None:
-                for names in owner.referenced:
-                    if (told := _told(change.row, names)) is not None:
-                        asked.values.setdefault((change.table, names), set()).add(told)
+            for reference, told in _told(change, tables) if isinstance(change, Vacated) else ():
+                asked.values.setdefault(reference, set()).add(told)
             continue
         table = tables.get(change.relation.table)
         if table is None or table.is_filtered:
@@ -199,10 +191,10 @@ def questions(
         asked.keys.setdefault(table.source, set()).update(keys_of(change, key_of))
         if isinstance(change, Delete):
             continue
-        for owner_key in table.owners:
-            value = _values(change.relation, change.new, owner_key.columns)
+        for owner in table.owners:
+            value = _values(change.relation, change.new, owner.columns)
             if value is not None and value is not UNCHANGED:
-                asked.values.setdefault((owner_key.source, owner_key.referenced), set()).add(value)
+                asked.values.setdefault((owner.source, owner.referenced), set()).add(value)
     return asked
 
 
@@ -219,10 +211,13 @@ def owned_through(tables: Iterable[MovedTable], reference: Reference) -> Iterato
                 yield table, owner
 
 
-def _told(row: Mapping[str, str | None], names: tuple[str, ...]) -> Key | None:
-    """None where a column is not among those that were told."""
-    value = tuple(value for name in names if (value := row.get(name)) is not None)
-    return value if len(value) == len(names) else None
+def _told(change: OwnerChange, tables: Mapping[TableRef, MovedTable]) -> Iterator[tuple[Reference, Key]]:
+    """The values that the row has, or had, in the columns referred to."""
+    table = tables.get(change.table)
+    for names, row in product(table.referenced if table else (), change.rows):
+        value = tuple(value for name in names if (value := row.get(name)) is not None)
+        if len(value) == len(names):
+            yield (change.table, names), value
 
 
 def _given(relation: Relation, row: Row, names: tuple[str, ...]) -> Key:

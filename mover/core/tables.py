@@ -55,9 +55,13 @@ class MovedTable:
     sends_all: bool = False  # the server cannot filter by the tenant column, which is not in the key
 
     @property
+    def filter_column(self) -> str | None:
+        """By which the server sends only the tenant's changes; None where everybody's are in the stream."""
+        return None if self.sends_all else self.tenant_column
+
+    @property
     def is_filtered(self) -> bool:
-        """Whether only the tenant's changes are in the stream."""
-        return self.tenant_column is not None and not self.sends_all
+        return self.filter_column is not None
 
     @property
     def copied(self) -> tuple[Column, ...]:
@@ -66,11 +70,11 @@ class MovedTable:
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """What every change has to carry of the row before, the tenant column first; whole rows without
-        a key."""
-        tenant = (self.tenant_column,) if self.tenant_column and self.is_filtered else ()
+        """What every change has to carry of the row before, the column of the filter first; whole rows
+        without a key."""
+        first = () if self.filter_column is None else (self.filter_column,)
         return tuple(
-            dict.fromkeys((*tenant, *self.key, *(name for names in self.referenced for name in names)))
+            dict.fromkeys((*first, *self.key, *(name for names in self.referenced for name in names)))
         )
 
     def holding(self, side: Side) -> Holding:

@@ -30,9 +30,8 @@ class Layout:
     def __post_init__(self) -> None:
         self.names = tuple(c.name for c in self.relation.columns)
         self.key_at = tuple(self.names.index(name) for name in self.merge.table.key)
-        table = self.merge.table
-        is_told = table.tenant_column is not None and table.is_filtered
-        self.tenant_at = self.names.index(table.tenant_column) if is_told else None
+        column = self.merge.table.filter_column
+        self.tenant_at = self.names.index(column) if column else None
 
     def key(self, row: Row) -> Key:
         return tuple([_text(row[at]) for at in self.key_at])

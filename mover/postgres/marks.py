@@ -44,7 +44,7 @@ def parse_owner_change(prefix: str, content: bytes) -> OwnerChange | None:
         return None
     match found:
         case [str(schema), str(table), dict(before), dict()] if prefix == VACATE_PREFIX:
-            return Vacated(TableRef(schema, table), before)
+            return Vacated(TableRef(schema, table), (before,))
         case [str(schema), str(table), dict(before), dict(after)]:
             return Rehomed(TableRef(schema, table), (before, after))
     return None

@@ -62,11 +62,11 @@ async def create_publication(
 def _filtered(table: MovedTable, tenant: TenantId) -> sql.Composed:
     """Only columns of the replica identity can filter: else every tenant's changes are published."""
     name = sql.Identifier(table.source.schema, table.source.name)
-    if table.tenant_column is None or table.sends_all:
+    if table.filter_column is None:
         return sql.SQL("{}").format(name)
     return sql.SQL("{} WHERE ({} = {})").format(
         name,
-        sql.Identifier(table.tenant_column),
+        sql.Identifier(table.filter_column),
         sql.Literal(str(tenant)),
     )
 

@@ -320,15 +320,4 @@ SHAPES: tuple[Callable[[Draw, Draft], None], ...] = (
     _tree,
 )
 # Those that need no tenant column, and refuse few rows.
-OWNED_SHAPES = (
-    _values,
-    _generated,
-    _numbered,
-    _unique,
-    _exclusion,
-    _dropped,
-    _late,
-    _touch,
-    _policy,
-    _identity_of_its_own,
-)
+OWNED_SHAPES = tuple(shape for shape in SHAPES if shape not in (_check, _log, _child, _tree))

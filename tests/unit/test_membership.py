@@ -155,7 +155,7 @@ def test_what_waits_for_a_binder_that_another_tenant_may_make_anew_is_told():
 
 def test_what_waited_for_a_binder_that_the_tenant_makes_anew_is_looked_for():
     known = waiting()
-    list(known.tenants([Vacated(BINDERS, {"id": "b"}), Insert(BINDER, row("c", "T"))]))
+    list(known.tenants([Vacated(BINDERS, ({"id": "b"},)), Insert(BINDER, row("c", "T"))]))
     assert known.rehomed == {}
     list(known.tenants([Insert(BINDER, row("b", "T"))]))
     assert known.rehomed == {B: {("b",)}}
@@ -164,9 +164,9 @@ def test_what_waited_for_a_binder_that_the_tenant_makes_anew_is_looked_for():
 def test_what_another_tenants_binder_gave_up_may_be_told_after_the_tenants_has_taken_it():
     """A row trigger fires when the statement has made all its changes."""
     known = waiting()
-    list(known.tenants([Insert(BINDER, row("b", "T")), Vacated(BINDERS, {"id": "b"})]))
+    list(known.tenants([Insert(BINDER, row("b", "T")), Vacated(BINDERS, ({"id": "b"},))]))
     assert known.rehomed == {B: {("b",)}}
-    assert questions([Vacated(BINDERS, {"id": "b"})], known.tables, key_of).values == {B: {("b",)}}
+    assert questions([Vacated(BINDERS, ({"id": "b"},))], known.tables, key_of).values == {B: {("b",)}}
 
 
 def test_a_sheet_made_anew_under_another_binder_takes_its_marks_along():
