@@ -17,7 +17,7 @@ from aiohttp import web
 from mover.cache import RoutingCache
 from mover.config import Config
 from mover.core.errors import MoverError, first_error
-from mover.core.ids import Epoch, MigrationId, TenantId
+from mover.core.ids import Capture, Epoch, MigrationId, TenantId
 from mover.core.migration import Claim, MigrationRequest, Place, Progress
 from mover.core.tables import Plan
 from mover.engine.daemon import Daemon
@@ -151,6 +151,7 @@ class Workshop:
             connections=engine.max_connections_per_database,
             budget_s=engine.pause_budget_ms / 1000,
             kept=kept,
+            capture=None if engine.capture == "auto" else Capture(engine.capture),
         )
 
 

@@ -26,7 +26,7 @@ from mover import log, terminal
 from mover.config import Config, ConfigError, Tenancy, load_config, postgres_url
 from mover.core import facts
 from mover.core.errors import MoverError, Refused, UnknownTenant
-from mover.core.ids import Tier
+from mover.core.ids import Capture, Tier
 from mover.core.secret import Secret
 from mover.core.states import Status
 from mover.web.client import ApiClient, ApiError, connect
@@ -117,6 +117,12 @@ def _add_local(commands: Subparsers) -> None:
     demo.add_argument("--tps", type=_positive, default=250, help="transactions/s that its writers hold")
     demo.add_argument("--keep", action="store_true", help="leave everything running afterwards")
     demo.add_argument("--json", action="store_true", help="end with one JSON line on standard output")
+    demo.add_argument(
+        "--capture",
+        choices=["wal", "trigger"],
+        default="wal",
+        help="trigger: on servers without logical decoding, by roles that own the tables and no more",
+    )
     demo.set_defaults(command=_demo)
 
 
@@ -203,7 +209,7 @@ async def _demo(args: argparse.Namespace) -> Exit:
     from mover.demo.main import Options, run  # the other commands start without what it needs
     from mover.demo.process import ServerFailed
 
-    options = Options(rows=args.rows, tps=args.tps, keep=args.keep, json=args.json)
+    options = Options(args.rows, args.tps, args.keep, args.json, Capture(args.capture))
     demo = asyncio.ensure_future(run(options))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, demo.cancel)  # as Ctrl-C: clean up
     try:

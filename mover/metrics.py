@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter as Counts
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from mover.core.changes import Change
 from mover.core.migration import Migration
 from mover.core.states import Phase, Status
+from mover.engine.site import Kept
 
 # From a quick retry to a tenant of a terabyte.
 _DURATION_BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 7 * 24 * 3600)
@@ -72,6 +71,9 @@ class Metrics:
         self.slot_retained_bytes = self._gauge(
             "slot_retained_bytes", "WAL that a slot of ours keeps on the source", "migration"
         )
+        self.change_log_bytes = self._gauge(
+            "change_log_bytes", "What triggers of ours have written down on the source", "migration"
+        )
         self.cutover_pause_seconds = self._histogram(
             "cutover_pause_seconds", "How long writers were held", _PAUSE_BUCKETS
         )
@@ -94,7 +96,8 @@ class Metrics:
 
     def forget(self, migration: str) -> None:
         """Drop the series of a migration that has ended: their label would grow without bound."""
-        for gauge in (self.replication_lag_bytes, self.replication_lag_seconds, self.slot_retained_bytes):
+        lags = (self.replication_lag_bytes, self.replication_lag_seconds)
+        for gauge in (*lags, self.slot_retained_bytes, self.change_log_bytes):
             gauge.remove_by_labels({"migration": migration})
 
     def exposition(self) -> bytes:
@@ -126,11 +129,12 @@ class MetricsObserver:
         self._metrics.migration_duration_seconds.observe(seconds)
         self._metrics.forget(str(migration.id))
 
-    def measured(self, migration: Migration, lag_bytes: int, lag_seconds: float, retained_bytes: int) -> None:
+    def measured(self, migration: Migration, lag_bytes: int, lag_seconds: float, kept: Kept) -> None:
         label = str(migration.id)
         self._metrics.replication_lag_bytes.labels(label).set(lag_bytes)
         self._metrics.replication_lag_seconds.labels(label).set(lag_seconds)
-        self._metrics.slot_retained_bytes.labels(label).set(retained_bytes)
+        self._metrics.slot_retained_bytes.labels(label).set(kept.wal_bytes)
+        self._metrics.change_log_bytes.labels(label).set(kept.log_bytes)
 
     def phase_took(self, phase: Phase, seconds: float) -> None:
         self._metrics.phase_duration_seconds.labels(phase.value).observe(seconds)
@@ -139,9 +143,9 @@ class MetricsObserver:
         self._metrics.copy_rows_total.inc(rows)
         self._metrics.copy_bytes_total.inc(size)
 
-    def changes_applied(self, changes: Sequence[Change]) -> None:
-        for kind, count in Counts(type(change) for change in changes).items():
-            self._metrics.changes_applied_total.labels(kind.__name__.lower()).inc(count)
+    def changes_applied(self, kinds: Mapping[str, int]) -> None:
+        for kind, count in kinds.items():
+            self._metrics.changes_applied_total.labels(kind).inc(count)
 
     def rows_verified(self, rows: int) -> None:
         self._metrics.verify_rows_total.inc(rows)

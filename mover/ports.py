@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from mover.core.changes import Change, Piece
+from mover.core.changes import Change, Piece, RowChange, Seen, Truncated
 from mover.core.copying import Chunk, CopiedRanges, Key
 from mover.core.ids import Lsn, TableRef, TenantId, Tier
+from mover.core.membership import Values
 from mover.core.migration import (
     Claim,
     Event,
@@ -217,7 +218,7 @@ class ChangeStream(Protocol):
 
 
 class ConsistentPoint(Protocol):
-    """An ordinary REPEATABLE READ snapshot of the source and its place in the stream."""
+    """An ordinary REPEATABLE READ snapshot of the source."""
 
     @property
     def snapshot(self) -> Snapshot: ...
@@ -225,11 +226,6 @@ class ConsistentPoint(Protocol):
     @property
     def snapshot_id(self) -> str:
         """For SET TRANSACTION SNAPSHOT."""
-        ...
-
-    @property
-    def mark(self) -> str:
-        """Stands in the stream behind everything that `snapshot` sees."""
         ...
 
     def rows(
@@ -245,19 +241,78 @@ class ConsistentPoint(Protocol):
         ...
 
 
-class ChangeSource(Protocol):
+class Positions(Protocol):
+    """Places in the source's WAL."""
+
+    async def mark(self) -> str:
+        """Write a mark behind everything that has committed so far, all of which is durable then; the
+        stream reaches it."""
+        ...
+
+    async def wal_lsn(self) -> Lsn:
+        """The current end of the source's WAL."""
+        ...
+
+
+class ChangeSource(Positions, Protocol):
     """What following the source needs of it, beside the stream."""
 
     def consistent_point(self) -> AbstractAsyncContextManager[ConsistentPoint]:
         """A point taken now; its snapshot lives as long as the context."""
         ...
 
-    async def mark(self) -> str:
-        """Emit a mark; the stream reaches it after everything that has committed so far."""
+
+class ChangesSince(Protocol):
+    """What triggers have written down that a point sees and an earlier snapshot did not."""
+
+    @property
+    def is_empty(self) -> bool: ...
+
+    @property
+    def tables(self) -> Collection[TableRef]:
+        """Those of which anything is written down."""
         ...
 
-    async def wal_lsn(self) -> Lsn:
-        """The current end of the source's WAL."""
+    @property
+    def truncated(self) -> Sequence[Truncated]:
+        """Before everything else."""
+        ...
+
+    @property
+    def rehomed(self) -> Values:
+        """Rows that refer to these may have come to the tenant or left, without a change of their own."""
+        ...
+
+    def rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[Seen]]:
+        """Every row that has changed and may be in the copied ranges, once, as the point sees it. May be
+        asked again."""
+        ...
+
+    def whole_rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[RowChange]]:
+        """The net changes of tables without a key; may be asked again."""
+        ...
+
+
+class LoggedPoint(ConsistentPoint, Protocol):
+    async def changes_since(self, snapshot: Snapshot) -> ChangesSince:
+        """Raises PlanOutdated when a table is not the planned one any more."""
+        ...
+
+
+class ChangeLog(Positions, Protocol):
+    """The other way to follow a source: what triggers write down of the tenant's changes."""
+
+    def consistent_point(self) -> AbstractAsyncContextManager[LoggedPoint]:
+        """A point taken now; its snapshot lives as long as the context."""
+        ...
+
+    def next_point(self) -> AbstractAsyncContextManager[LoggedPoint]:
+        """The same on a connection that stays open: for one at a time, and not for long."""
+        ...
+
+    async def forget(self, seen: Snapshot) -> bool:
+        """What `seen` and every later snapshot see is durable on the target: it need not be kept. Removes a
+        batch of it; says whether there may be more."""
         ...
 
 
@@ -279,6 +334,13 @@ class ApplyTransaction(Protocol):
 
     async def fetch_missing(self, point: ConsistentPoint) -> None:
         """Read the missing rows from the source; the transaction must be exactly at the point."""
+        ...
+
+    async def settle(self, changes: ChangesSince, point: ConsistentPoint) -> Mapping[str, int]:
+        """Bring the target from the snapshot since which the changes are to the point's; says how many of
+        each kind of change that took.
+
+        Raises ApplyConflict when they do not fit the rows, SchemaChanged when they do not fit the plan."""
         ...
 
     async def advance(self, applied: Lsn, snapshot: Snapshot | None) -> None:

@@ -219,7 +219,8 @@ def _figures(progress: Json) -> list[str]:
         f"{rows['done']:,} of {rows['total']:,} rows",
         size(size_["done"]),
     ]
-    figures.append(f"{progress['changesApplied']:,} changes")
+    by = f" (by {progress['capture']})" if progress["capture"] else ""
+    figures.append(f"{progress['changesApplied']:,} changes{by}")
     if progress["lagBytes"] is not None:
         figures.append(f"lag {size(progress['lagBytes'])}")
     if progress["etaSeconds"] is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ from dataclasses import dataclass
 import pytest
 import uvloop
 
+from mover.core.ids import Capture
 from mover.demo.servers import Cluster, PostgresServer, RedisServer, available_versions
 from tests.support.containers import container
 from tests.support.platform import Platform, seed_database, small_tenants
 
+# Hundreds of daemons are started: where no bytecode is written, each would compile everything anew.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 TEST_TIMEOUT_S = 600
+SMALL = {"shared_buffers": "128MB", "max_wal_size": "512MB"}
 MakeDatabase = Callable[..., str]
 
 
@@ -39,7 +44,7 @@ def _server(version: int) -> Iterator[Cluster]:
     """From the wheels or PATH; else in a container, where Docker answers; else the test is skipped."""
     if version in available_versions():
         # Tests crash processes, never the machine.
-        with PostgresServer(version, fsync=False, settings={"shared_buffers": "128MB"}) as server:
+        with PostgresServer(version, fsync=False, in_memory=True, settings=SMALL) as server:
             yield server
     else:
         with container(version) as server:
@@ -115,6 +120,37 @@ def make_platform(
     return make
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of both captures between both pairs of servers runs in two of the four combinations, which hold
+    each capture, each source and each target once; of a module's tests every other one takes the other two.
+
+    Capture acts on the source, whatever the target's version is. Tests of what depends on everything at once
+    are marked `every_combination`."""
+    if not {"pair", "capture"} <= set(metafunc.fixturenames) or "capture" in _parametrized(metafunc):
+        return
+    tests = [name for name in vars(metafunc.module) if name.startswith("test_")]
+    captures = list(Capture)[:: -1 if tests.index(metafunc.function.__name__) % 2 else 1]
+    combinations = [
+        pytest.param(*each, id=f"{'-to-'.join(each[0])}-{each[1]}")
+        for each in zip(PAIRS, captures, strict=True)
+    ]
+    metafunc.definition.add_marker(pytest.mark.parametrize(("pair", "capture"), combinations, indirect=True))
+
+
+def _parametrized(metafunc: pytest.Metafunc) -> str:
+    return " ".join(str(marker.args[0]) for marker in metafunc.definition.iter_markers("parametrize"))
+
+
+every_combination = pytest.mark.parametrize("capture", list(Capture), ids=str, indirect=True)
+
+
+@pytest.fixture(params=list(Capture), ids=str)
+def capture(request: pytest.FixtureRequest) -> Capture:
+    """Both ways of following the source."""
+    return request.param
+
+
 @dataclass(frozen=True)
 class Pair:
     """An empty database on each of two servers of different versions."""
@@ -125,7 +161,10 @@ class Pair:
     target_server: Cluster
 
 
-@pytest.fixture(params=[("pg16", "pg18"), ("pg18", "pg16")], ids=lambda names: "-to-".join(names))
+PAIRS = [("pg16", "pg18"), ("pg18", "pg16")]
+
+
+@pytest.fixture(params=PAIRS, ids="-to-".join)
 def pair(request: pytest.FixtureRequest, make_database: MakeDatabase) -> Pair:
     source, target = (request.getfixturevalue(name) for name in request.param)
     return Pair(make_database(source), make_database(target), source, target)

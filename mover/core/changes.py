@@ -6,7 +6,8 @@ source did not send because the update left it alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias
@@ -99,6 +100,15 @@ class Vacated(OwnerChange):
 
 
 @dataclass(slots=True)
+class Seen:
+    """What became of a row that has changed, as a snapshot of the source sees it."""
+
+    relation: Relation
+    key: Row  # only the key's columns are filled
+    row: Row | None  # None: it is not there, or not the tenant's
+
+
+@dataclass(slots=True)
 class Message:
     transactional: bool
     lsn: Lsn
@@ -121,3 +131,8 @@ class Piece:
     size_bytes: int  # of memory, about
     marks: tuple[str, ...] = ()  # tokens of our own messages inside it
     end_lsn: Lsn | None = None  # set on the last piece: the position after the commit
+
+
+def kinds(changes: Iterable[Change]) -> Counter[str]:
+    """How many there are of each, for people."""
+    return Counter(type(change).__name__.lower() for change in changes)

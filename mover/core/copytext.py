@@ -6,10 +6,11 @@ anything: so that the usual row needs one join and four scans, in C, and no work
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
-from mover.core.changes import Value
+from mover.core.changes import Row, Value
 
 NULL_MARK: Final = b"\x01"
 NULL_OPTION: Final = "\x01"  # for COPY … WITH (NULL …)
@@ -42,3 +43,21 @@ def _escape(value: bytes) -> bytes:
     for raw, escaped in _ESCAPES:
         value = value.replace(raw, escaped)
     return value
+
+
+def decode_row(line: bytes) -> Row:
+    """The values of one line that a server has written, without its newline: text, and NULL as `\\N`."""
+    fields = line.split(b"\t")
+    if b"\\" not in line:
+        return list(fields)
+    return [None if field == b"\\N" else _ESCAPED.sub(_unescaped, field) for field in fields]
+
+
+def _unescaped(found: re.Match[bytes]) -> bytes:
+    letter = found[1]
+    return _CONTROLS.get(letter, letter)
+
+
+# All that COPY TO writes behind a backslash, which otherwise stands for the character itself.
+_CONTROLS: Final = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
+_ESCAPED: Final = re.compile(rb"\\(.)", re.DOTALL)

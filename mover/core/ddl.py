@@ -6,6 +6,7 @@ Joining the tokens gives the text back, whatever the text is.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -181,7 +182,13 @@ def rename_schemas(sql: str, schemas: Mapping[str, str]) -> str:
     lowered = sql.lower()
     if not any(_plain_part(schema) in lowered for schema in schemas):
         return sql  # most texts, and taking one apart is slow
-    return _Renamer(list(tokens(sql)), schemas).run()
+    return _renamed(sql, tuple(schemas.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _renamed(sql: str, schemas: tuple[tuple[str, str], ...]) -> str:
+    """Every look at the schemas brings the same texts again."""
+    return _Renamer(list(tokens(sql)), dict(schemas)).run()
 
 
 def _plain_part(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mover.core.ids import TableRef, TenantId
+from mover.core.ids import Capture, TableRef, TenantId
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +196,8 @@ class ForeignKey:
     deferrable: bool = False
     validated: bool = True
     indexed: bool = True  # an index finds the children of a parent
+    on_delete: str = "a"  # as pg_constraint has it: no action, restrict, cascade, set null, set default
+    on_update: str = "a"
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +284,7 @@ class Facts:
     source: SideFacts
     target: SideFacts
     connections_wanted: int
+    capture: Capture | None = None  # None: as the servers allow
     rows: Mapping[TableRef, Rows] = field(default_factory=dict)  # by the source's name
     target_tenant_tables: tuple[TableRef, ...] = ()  # that hold rows of this tenant already
     # Referenced, not moved, there on the target; with what our role may do: SELECT, REFERENCES.
@@ -293,6 +296,11 @@ class Facts:
     foreign_parents: tuple[Dangling, ...] = ()  # rows of the tenant that refer to other tenants'
     # Rows of tables without the tenant column that are nobody's; None: could not be counted in time.
     orphans: Mapping[TableRef, int | None] = field(default_factory=dict)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the changes are those that the server decodes from its WAL."""
+        return self.capture is not Capture.TRIGGER
 
     @property
     def fresh(self) -> bool:

@@ -38,6 +38,13 @@ class Tier(StrEnum):
     DEDICATED = "dedicated"
 
 
+class Capture(StrEnum):
+    """How the source's changes are followed."""
+
+    WAL = "wal"  # logical decoding: a publication and a slot
+    TRIGGER = "trigger"  # triggers write down which rows changed
+
+
 class Side(StrEnum):
     """Which of a migration's two databases."""
 

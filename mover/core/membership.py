@@ -60,11 +60,13 @@ class Membership:
     keys: dict[TableRef, set[Key]]
     values: Values
     rehomed: Values = field(default_factory=dict)  # with those noted earlier in the transaction
-    # Under a DEFERRABLE foreign key rows may be there before the one that they refer to: what was not the
-    # tenant's when rows referred to it, or other tenants' rows gave up. The tenant's may take it later.
+    # Rows may be there before the one that they refer to, where one statement makes both or the foreign key
+    # is DEFERRABLE: what was not the tenant's when rows referred to it, or other tenants' rows gave up. The
+    # tenant's may take it later.
     awaited: Values = field(default_factory=dict)
     # What the tenant's rows gave up there: another tenant's may have taken it, with those that refer to it.
     left: Values = field(default_factory=dict)
+    has_crossed: bool = False  # whether a row came to the tenant, or left, without being made or deleted
     deferred: set[Reference] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ class Membership:
 
     def _crossing(self, table: MovedTable, change: Update, is_ours: bool) -> RowChange:
         """The row comes to the tenant or leaves, and with it those that refer to it."""
+        self.has_crossed = True
         before = change.new if change.old is None else change.old
         row = change.new if is_ours else before
         for names in table.referenced:
@@ -134,7 +137,7 @@ class Membership:
     def _account(self, table: MovedTable, change: RowChange) -> None:
         """Whether others may now refer to the tenant's row."""
         for names in table.referenced:
-            reference, is_noted = (table.source, names), False
+            reference, before, is_noted = (table.source, names), None, False
             if not isinstance(change, Insert) and change.old is not None:
                 before = _given(change.relation, change.old, names)
                 is_noted = before in self.rehomed.get(reference, ())
@@ -144,7 +147,9 @@ class Membership:
             value = _given(change.relation, change.new, names)
             self.values.setdefault(reference, set()).add(value)
             self.left.get(reference, set()).discard(value)
-            if is_noted or value in self.awaited.get(reference, ()):
+            # A row that was not sent whole may have to be read: until then nothing is seen to refer to it.
+            is_unread = value != before and UNCHANGED in change.new
+            if is_noted or is_unread or value in self.awaited.get(reference, ()):
                 self._note(reference, value)
 
     def _vacate(self, reference: Reference, value: Key) -> None:
@@ -168,8 +173,7 @@ class Membership:
                 self._await(reference, value)
 
     def _await(self, reference: Reference, value: Key) -> None:
-        if reference in self.deferred:
-            self.awaited.setdefault(reference, set()).add(value)
+        self.awaited.setdefault(reference, set()).add(value)
 
     def _note(self, reference: Reference, value: Key) -> None:
         self.rehomed.setdefault(reference, set()).add(value)
@@ -196,6 +200,17 @@ def questions(
             if value is not None and value is not UNCHANGED:
                 asked.values.setdefault((owner.source, owner.referenced), set()).add(value)
     return asked
+
+
+def referred_to(table: MovedTable, change: RowChange) -> Iterator[tuple[Reference, Key]]:
+    """By what others may come to refer to the row, or may have."""
+    rows = [change.old] if isinstance(change, Update) and change.old is not None else []
+    if isinstance(change, Delete):
+        rows.append(change.old)
+    elif isinstance(change, Insert) or rows:
+        rows.append(change.new)
+    for names, row in product(table.referenced, rows):
+        yield (table.source, names), _given(change.relation, row, names)
 
 
 def followed(tables: Iterable[MovedTable]) -> dict[TableRef, MovedTable]:

@@ -131,6 +131,7 @@ class Progress:
     eta_seconds: float | None = None
     pause_ms: float | None = None
     waiting_for: str | None = None  # why nothing moves right now, for people
+    capture: str | None = None  # how the source's changes are followed
     evidence: dict[str, object] = field(default_factory=dict)  # roots, counts, markers
 
 

@@ -7,7 +7,7 @@ cycle: each table's owners are known before its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from mover.core.facts import ColumnFacts, Facts, ForeignKey, Relation
@@ -118,6 +118,7 @@ def ownership_of(
     for key in foreign_keys:
         if key.child in candidates and key.child != key.parent:
             leading.setdefault(key.child, []).append(key)
+    leading = _reachable(leading, tenants)
     keys: dict[TableRef, tuple[ForeignKey, ...]] = {}
     while found := _next(leading, tenants | keys.keys(), keys, candidates):
         keys.update(found)
@@ -128,6 +129,17 @@ def ownership_of(
 def _may_be_owned(facts: Facts, relation: Relation) -> bool:
     exempt = facts.tenancy.reference_tables | facts.tenancy.ignore_tables
     return relation.kind in ("r", "p") and relation.root is None and not facts.listed(relation.ref, exempt)
+
+
+def _reachable(
+    leading: Mapping[TableRef, list[ForeignKey]], tenants: Set[TableRef]
+) -> dict[TableRef, list[ForeignKey]]:
+    """Of the tables that refer to something, those that lead to the tenant at all: nobody need wait for
+    the others."""
+    reached = set(tenants)
+    while more := {t for t, keys in leading.items() if any(k.parent in reached for k in keys)} - reached:
+        reached |= more
+    return {table: keys for table, keys in leading.items() if table in reached}
 
 
 def _next(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from mover.core.ids import Side, TableRef
+from mover.core.ids import Capture, Side, TableRef
 from mover.core.tables import Column, Finding, MovedTable, Owner, Plan, SequenceRef, Shape
 
 
@@ -21,6 +21,7 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
             "sequences": [asdict(sequence) for sequence in plan.shape.sequences],
             "fresh": plan.shape.fresh,
             "careful": sorted(plan.shape.careful),
+            "capture": plan.shape.capture,
         },
         "findings": [asdict(finding) for finding in plan.findings],
         "classes": dict(plan.classes),
@@ -38,6 +39,7 @@ def decode_plan(data: Mapping[str, Any]) -> Plan:
             sequences=tuple(_sequence(item) for item in shape["sequences"]),
             fresh=shape["fresh"],
             careful=frozenset(map(Side, shape["careful"])),
+            capture=Capture(shape["capture"]),
         ),
         findings=tuple(_finding(item) for item in data["findings"]),
         classes=dict(data["classes"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mover.core.ids import Side, TableRef
+from mover.core.ids import Capture, Side, TableRef
 
 MAX_SCANNED_ROWS = 20_000  # of a table without a key, read within some ten milliseconds
 
@@ -77,9 +77,16 @@ class MovedTable:
             dict.fromkeys((*first, *self.key, *(name for names in self.referenced for name in names)))
         )
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The columns by which a row is told, and then those by which others refer to it."""
+        return (*self.key, *(name for names in self.referenced for name in names))
+
     def holding(self, side: Side) -> Holding:
         table = self.source if side is Side.SOURCE else self.target
-        return Holding(table, self.tenant_column, ties(self.owners, side), self.referenced, self.deferred)
+        return Holding(
+            table, self.tenant_column, ties(self.owners, side), self.referenced, self.deferred, self.key
+        )
 
     @property
     def is_quickly_compared(self) -> bool:
@@ -110,6 +117,7 @@ class Holding:
     ties: tuple[Tie, ...] = ()
     referenced: tuple[tuple[str, ...], ...] = ()
     deferred: bool = False
+    key: tuple[str, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -171,6 +179,7 @@ class Shape:
     # The sides on which triggers and foreign keys act on what we write: our role may not set
     # session_replication_role there.
     careful: frozenset[Side] = frozenset()
+    capture: Capture = Capture.WAL
 
     @property
     def checks_while_copying(self) -> bool:

@@ -17,7 +17,9 @@ from rich.live import Live
 from rich.table import Table
 
 from mover import terminal
+from mover.core.ids import Capture
 from mover.core.secret import Secret
+from mover.demo import rights
 from mover.demo.ledger import Ledger, LedgerReport, verify_ledger
 from mover.demo.places import PsycopgPlaces
 from mover.demo.schema import schemas
@@ -31,6 +33,7 @@ from mover.web.client import ApiClient
 APP_PASSWORD = "demo"
 SOURCE_VERSION, TARGET_VERSION = 16, 18
 VERTICAL = "realestate"
+MOVER_ROLE, OWNER_ROLE = "mover", "application_owner"
 # Writers run before the move begins and after it has ended, so that both sides of it are seen.
 LEAD_IN_S, LEAD_OUT_S = 2.0, 3.0
 
@@ -43,6 +46,12 @@ class Options:
     tps: int = 250
     keep: bool = False
     json: bool = False
+    capture: Capture = Capture.WAL  # by triggers: without logical decoding, and with ordinary roles
+
+    @property
+    def is_managed(self) -> bool:
+        """Whether the servers are such as managed plans offer."""
+        return self.capture is Capture.TRIGGER
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +107,19 @@ class Outcome:
 async def run(options: Options) -> bool:
     """Whether the move ended as promised."""
     console = Console(stderr=options.json)
-    with tempfile.TemporaryDirectory(prefix="mover-demo-") as folder, _servers(console) as servers:
+    with tempfile.TemporaryDirectory(prefix="mover-demo-") as folder, _servers(options, console) as servers:
         console.print(f"Seeding a platform with 25 tenants, one of them with {options.rows:,} rows …")
         tenants = demo_tenants(large_rows=options.rows)
         urls = await asyncio.to_thread(_seed, servers, tenants)
         stage = Stage(
             Path(folder),
             platform_url=urls["platform"],
-            verticals={"core": urls["core"], VERTICAL: urls[VERTICAL]},
+            verticals=_reached(options, servers, urls),
             redis_url=servers.redis.url,
-            engine={"monitoring_hours": {"database": LEAD_OUT_S / 3600}},
+            engine={
+                "monitoring_hours": {"database": LEAD_OUT_S / 3600},
+                "capture": options.capture.value,
+            },
         )
         stage.write_config()
         async with stage.running():
@@ -128,11 +140,15 @@ class Servers:
 
 
 @contextmanager
-def _servers(console: Console) -> Iterator[Servers]:
-    console.print(f"Starting PostgreSQL {SOURCE_VERSION}, PostgreSQL {TARGET_VERSION} and Redis …")
+def _servers(options: Options, console: Console) -> Iterator[Servers]:
+    settings = {"wal_level": "replica", "max_replication_slots": "0"} if options.is_managed else {}
+    console.print(
+        f"Starting PostgreSQL {SOURCE_VERSION}, PostgreSQL {TARGET_VERSION} and Redis"
+        f"{', without logical decoding' if options.is_managed else ''} …"
+    )
     with (
-        PostgresServer(SOURCE_VERSION) as source,
-        PostgresServer(TARGET_VERSION) as target,
+        PostgresServer(SOURCE_VERSION, settings=settings) as source,
+        PostgresServer(TARGET_VERSION, settings=settings) as target,
         RedisServer() as redis,
     ):
         yield Servers(source, target, redis)
@@ -155,6 +171,23 @@ def _seed(servers: Servers, tenants: list[Tenant]) -> dict[str, str]:
         seed_organizations(conn, tenants)
     asyncio.run(initialise(Secret(urls["platform"])))
     return urls
+
+
+def _reached(options: Options, servers: Servers, urls: Mapping[str, str]) -> dict[str, str]:
+    """The verticals' URLs for the daemon: as superuser, or by a role with the README's grants only."""
+    if not options.is_managed:
+        return {name: urls[name] for name in ("core", VERTICAL)}
+    reached = {}
+    for name, server in (("core", servers.source), (VERTICAL, servers.target)):
+        with psycopg.connect(urls[name], autocommit=True) as conn:
+            rights.make_role(conn, MOVER_ROLE, OWNER_ROLE, replication=False)
+            rights.give_away(conn, OWNER_ROLE, schemas(name).values())
+            if name == "core":
+                rights.grant_on_source(conn, MOVER_ROLE, OWNER_ROLE)
+            else:
+                rights.grant_on_target(conn, MOVER_ROLE, OWNER_ROLE, with_tables=False)
+        reached[name] = server.url(name, MOVER_ROLE)
+    return reached
 
 
 async def _move(

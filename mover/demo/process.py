@@ -23,12 +23,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 POLL_S = 0.02
+# Where files are in memory, on Linux; what has to be free there, so that small servers never fill it.
+MEMORY, MEMORY_FREE_BYTES = Path("/dev/shm"), 8 << 30
 # Becomes the server ($3…), and leaves a watcher behind that is nobody's child. A line on the pipe
 # sends the watcher away; the pipe's end means that the owner is dead: end the server with signal $1
 # and delete directory $2.
@@ -110,9 +113,15 @@ def _temporary_directory() -> Path:
     return ours if _account() is None or _reachable(ours) else Path("/tmp")
 
 
-def make_home(kind: str) -> Path:
-    """A private directory of the server's account; its name carries our process id."""
-    home = _temporary_directory() / f"mover-{kind}-{os.getpid()}-{secrets.token_hex(4)}"
+def _has_room(folder: Path) -> bool:
+    return os.access(folder, os.W_OK) and shutil.disk_usage(folder).free >= MEMORY_FREE_BYTES
+
+
+def make_home(kind: str, *, in_memory: bool = False) -> Path:
+    """A private directory of the server's account; its name carries our process id. `in_memory` where there
+    is room."""
+    parent = MEMORY if in_memory and _has_room(MEMORY) else _temporary_directory()
+    home = parent / f"mover-{kind}-{os.getpid()}-{secrets.token_hex(4)}"
     home.mkdir(mode=0o700)
     account = _account()
     if account is not None:
@@ -125,9 +134,14 @@ def sweep() -> list[Path]:
     account = _account()
     owner = account.pw_uid if account else os.geteuid()
     swept = []
-    for path in _temporary_directory().glob("mover-*-*-*"):
+    for path in chain.from_iterable(p.glob("mover-*-*-*") for p in (_temporary_directory(), MEMORY)):
         match = _HOME.fullmatch(path.name)
-        if match is None or _alive(int(match["pid"])) or path.lstat().st_uid != owner:
+        if match is None or _alive(int(match["pid"])):
+            continue
+        try:
+            if path.lstat().st_uid != owner:
+                continue
+        except FileNotFoundError:  # others sweep, too
             continue
         shutil.rmtree(path, ignore_errors=True)
         swept.append(path)

@@ -69,6 +69,7 @@ create table {dms}.documents (
 alter table {dms}.documents alter column body set storage external;
 comment on table {dms}.documents is 'One row a file';
 comment on column {dms}.documents.body is 'Extracted text; often too large for the row itself';
+create index documents_folder on {dms}.documents (folder_id);
 create index documents_tenant on {dms}.documents (tenant_id, folder_id);
 create index documents_labels on {dms}.documents using gin (labels);
 create trigger documents_touch before update on {dms}.documents
@@ -102,6 +103,7 @@ create table {dms}.document_tags (
     primary key (tenant_id, document_id, tag_id),
     foreign key (tenant_id, tag_id) references {dms}.tags
 );
+create index document_tags_document on {dms}.document_tags (document_id);
 
 create view {dms}.latest_versions as
     select distinct on (v.document_id) v.tenant_id, v.document_id, d.title, v.version, v.checksum
@@ -137,6 +139,7 @@ create table {crm}.contacts (
     created_at timestamptz not null default now(),
     constraint contacts_email_once unique (tenant_id, email)
 );
+create index contacts_company on {crm}.contacts (company_id);
 comment on column {crm}.contacts.touches is 'How often somebody has opened this contact';
 
 create table {crm}.deals (
@@ -150,6 +153,7 @@ create table {crm}.deals (
     notes       text,
     primary key (tenant_id, id)
 );
+create index deals_contact on {crm}.deals (contact_id);
 create index deals_open on {crm}.deals (tenant_id, expected_on) where stage in ('lead', 'offer');
 
 create table {crm}.invoices (
@@ -160,6 +164,7 @@ create table {crm}.invoices (
     issued_at  timestamptz not null default now(),
     details    jsonb not null default jsonb_build_object()
 );
+create index invoices_contact on {crm}.invoices (contact_id);
 create index invoices_tenant on {crm}.invoices (tenant_id, id);
 
 create table {crm}.invoice_lines (
@@ -186,6 +191,7 @@ create table {crm}.activities (
 );
 comment on column {crm}.activities.write_id is
     'Chosen by the writer. Not unique, so that a write that was applied twice can be seen';
+create index activities_contact on {crm}.activities (contact_id);
 create index activities_tenant on {crm}.activities (tenant_id, at);
 
 create view {crm}.open_deals as

@@ -59,11 +59,15 @@ class WaveCopy:
         await self.build_keys([t for t in self.shape.tables if any(c.done for c in chunks.get(t.source, ()))])
 
     def _remaining(self, chunks: Mapping[TableRef, Sequence[Chunk]]) -> list[Work | MovedTable]:
-        """Chunks not yet copied, and tables not yet split into chunks, of tables whose owners are there."""
+        """Chunks not yet copied, and tables not yet split into chunks, of tables whose owners are there.
+
+        Where foreign keys are checked, what comes behind a table that has to wait may refer to it."""
         there = {table for table, found in chunks.items() if all(c.done for c in found)}
         remaining: list[Work | MovedTable] = []
         for table in self.shape.tables:
             if any(owner.source not in there for owner in table.owners):
+                if self.shape.checks_while_copying:
+                    break
                 continue
             if table.source not in chunks:
                 remaining.append(table)

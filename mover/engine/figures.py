@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mover.core.migration import Progress
+from mover.engine.site import Kept
 from mover.ports import Clock
 
 # Under this lag the target counts as close behind, for the lag in seconds.
 SMALL_LAG_BYTES = 1 << 20
 WARNING_INTERVAL_S = 60.0
+# A log of changes that is read all the time has some megabytes.
+LARGE_LOG_BYTES = 1 << 30
 
 
 @dataclass
@@ -20,7 +23,7 @@ class Figures:
     clock: Clock
     _near_at: float | None = None  # when the target was last close behind
     _first_bytes: tuple[float, int] | None = None  # where this owner began to copy
-    _warned_at: float | None = None  # of the slot
+    _warned_at: float | None = None  # of what the source keeps
 
     def note(self, lag_bytes: int) -> None:
         """Called about once a second."""
@@ -30,14 +33,15 @@ class Figures:
         self.progress.lag_bytes, self.progress.lag_seconds = lag_bytes, round(now - self._near_at, 1)
         self._estimate(now)
 
-    def warns_of_slot(self, wal_status: str) -> bool:
-        """Whether to warn now that the source wants the slot's WAL back: not every time that we look."""
+    def warning(self, kept: Kept) -> str | None:
+        """What to warn of now, if anything: not every time that we look."""
         now = self.clock.monotonic()
         is_due = self._warned_at is None or now - self._warned_at >= WARNING_INTERVAL_S
-        if wal_status != "unreserved" or not is_due:
-            return False
+        text = _warning(kept)
+        if text is None or not is_due:
+            return None
         self._warned_at = now
-        return True
+        return text
 
     def _estimate(self, now: float) -> None:
         """Time left for copying, from the rate so far."""
@@ -49,3 +53,15 @@ class Figures:
             self.progress.eta_seconds = round((total - done) * (now - since) / (done - before), 1)
         elif total <= done:
             self.progress.eta_seconds = None
+
+
+def _warning(kept: Kept) -> str | None:
+    if kept.wal_status == "unreserved":
+        return "the slot is about to be lost: the source wants its WAL back"
+    if kept.log_bytes >= LARGE_LOG_BYTES:
+        return (
+            f"the log of changes on the source has {kept.log_bytes >> 20} MiB: changes come faster than they"
+            " are applied, or a transaction or snapshot that is open for long keeps what was read from"
+            " being removed"
+        )
+    return None

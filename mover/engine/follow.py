@@ -1,261 +1,61 @@
-"""Keeps the target at the source: takes transactions from the stream and applies them in batches.
+"""Keeps the target at the source while the application writes: what every way of following promises.
 
-> Outside a running batch the target is the source at some commit, exactly (restricted to the rows
-> copied so far).
-
-`hold` stops at a consistent point instead, where the target is what a snapshot of the source sees.
+> Between two of its transactions the target is the source as some snapshot sees it, exactly (restricted to
+> the rows copied so far).
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Protocol
 
-from mover.core.changes import Change, Piece
-from mover.core.crash import reach
-from mover.core.ids import Lsn
 from mover.core.migration import Progress
-from mover.core.snapshot import Snapshot
-from mover.ports import ApplyTarget, ApplyTransaction, ChangeSource, ChangeStream, ConsistentPoint
-
-BATCH_BYTES = 16 << 20
-# On a quiet source the slot must still move on, or an idle tenant pins everybody's WAL.
-IDLE_CONFIRM_S = 10.0
-IDLE_CONFIRM_BYTES = 1 << 20
+from mover.engine.follow_log import LogFollower
+from mover.engine.follow_stream import StreamFollower
+from mover.engine.site import Link, Stream
+from mover.ports import ConsistentPoint
 
 
-_START = Lsn(0)
-
-
-@dataclass
-class Follower:
-    """One reader and applier of a migration; `run` is its background task."""
-
-    stream: ChangeStream
-    source: ChangeSource
-    target: ApplyTarget
-    progress: Progress
-    on_applied: Callable[[Sequence[Change]], None] = lambda changes: None
-    applied: Lsn = _START
-    _snapshot: Snapshot | None = None
-    _snapshot_until: Lsn | None = None  # all that the snapshot sees stands before this
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _awaited: dict[str, asyncio.Future[None]] = field(default_factory=dict)
-    _seen: deque[str] = field(default_factory=lambda: deque(maxlen=10_000))
-    _ended: BaseException | None = None
-    _idle_confirmed_at: float = 0.0
+class Follower(Protocol):
+    """`run` is its background task."""
 
     async def start(self) -> None:
         """Go on from the progress that the target has stored."""
-        self.applied, self._snapshot = await self.target.progress()
-        self._snapshot_until = await self.source.wal_lsn() if self._snapshot else None
-        self._ended = None
-        await self.stream.start(self.applied)
+        ...
 
     async def run(self) -> None:
-        """Apply what arrives, for ever; ends with the error that ended the stream."""
-        try:
-            while True:
-                try:
-                    async with asyncio.timeout(1.0):
-                        await self.stream.wait()
-                except TimeoutError:
-                    async with self._turn:
-                        if self._ended is None:
-                            await self._confirm_idle()
-                    continue
-                async with self._turn:
-                    if self._ended is not None:
-                        return
-                    await self._apply_batch()
-        except BaseException as error:
-            self._end(error)
-            raise
+        """Apply what the application writes, for ever; ends with the error that ended it."""
+        ...
 
     async def reached(self, mark: str) -> None:
-        """Until everything before `mark` is applied and durable; needs `run`."""
-        if mark in self._seen:
-            return
-        if self._ended is not None:
-            raise self._ended
-        await self._awaited.setdefault(mark, asyncio.get_running_loop().create_future())
+        """Until everything that committed before `mark` is applied and durable."""
+        ...
 
     async def catch_up_once(self) -> None:
         """Until everything that has committed by now is applied."""
-        await self.reached(await self.source.mark())
+        ...
 
     async def lag_bytes(self) -> int:
         """How far the target is behind the end of the source's WAL."""
-        end = await self.source.wal_lsn()
-        reached = self.applied if self._turn.locked() else max(self.applied, self.stream.idle_lsn)
-        return max(0, end - reached)
+        ...
 
-    @asynccontextmanager
-    async def hold(self, lifetime: AsyncExitStack) -> AsyncIterator[ConsistentPoint]:
+    def hold(self, lifetime: AsyncExitStack) -> AbstractAsyncContextManager[ConsistentPoint]:
         """Stop where the target is exactly what the point's snapshot sees; go on when the context ends.
 
         The snapshot itself lives as long as `lifetime`."""
-        async with self._turn:
-            await self._drain_backlog()
-            async with self._at_point(lifetime) as point:
-                try:
-                    yield point
-                except BaseException as error:
-                    # What the holder has put on the target is not known here: apply nothing any more.
-                    self._end(error)
-                    raise
+        ...
 
-    @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
+    def paused(self) -> AbstractAsyncContextManager[None]:
         """Apply nothing meanwhile."""
-        async with self._turn:
-            yield
+        ...
 
-    async def _apply_batch(self) -> None:
-        """One target transaction: everything that has arrived, ending at a source commit."""
-        pieces = self.stream.take(BATCH_BYTES)
-        if not pieces:
-            return
-        marks: list[str] = []
-        try:
-            async with self.target.transaction() as transaction:
-                await self._apply_pieces(transaction, pieces, marks)
-                while (end := pieces[-1].end_lsn) is None:  # a huge transaction flows through in pieces
-                    await self.stream.wait()
-                    pieces = self.stream.take(BATCH_BYTES)
-                    await self._apply_pieces(transaction, pieces, marks)
-                await transaction.advance(end, self._snapshot)
-        except _RowsMissing:
-            await self._step_to_a_point()
-            return
-        reach("follow.applied")
-        self._durable(end, marks)
-
-    async def _apply_pieces(
-        self, transaction: ApplyTransaction, pieces: list[Piece], marks: list[str]
-    ) -> None:
-        changes: list[Change] = []
-        ends: list[int] = []
-        for piece in pieces:
-            marks += piece.marks
-            if not self._is_applied(piece):
-                changes += piece.changes
-                ends.append(len(changes))
-        await self._apply_changes(transaction, changes, ends)
-        if transaction.is_missing_rows:
-            raise _RowsMissing
-
-    async def _step_to_a_point(self) -> None:
-        """A change did not carry its row, which can be read only where the target equals a snapshot of
-        the source. What was taken from the stream comes again."""
-        await self.stream.start(self.applied)
-        async with AsyncExitStack() as lifetime, self._at_point(lifetime):
-            pass
-
-    async def _drain_backlog(self) -> None:
-        """In ordinary batches first, so that little is left for the transaction that makes the point."""
-        mark = await self.source.mark()
-        while mark not in self._seen:
-            await self.stream.wait()
-            await self._apply_batch()
-
-    @asynccontextmanager
-    async def _at_point(self, lifetime: AsyncExitStack) -> AsyncIterator[ConsistentPoint]:
-        point = await lifetime.enter_async_context(self.source.consistent_point())
-        deferred = await self._apply_visible(point)
-        yield point
-        if deferred:
-            # Never confirmed, so the slot sends them again; `_snapshot` skips the others.
-            await self.stream.start(self.applied)
-
-    async def _apply_visible(self, point: ConsistentPoint) -> bool:
-        """In one target transaction, what the point sees of the stream up to its mark.
-
-        Returns whether there were transactions that it does not see: they are left for later."""
-        deferred, marks, end = False, list[str](), self.applied
-        visible: list[Change] = []
-        ends: list[int] = []
-        size_bytes = 0
-        async with self.target.transaction() as transaction:
-            piece = await self._next_piece()
-            while point.mark not in piece.marks:
-                if piece.changes and not self._is_applied(piece):
-                    if point.snapshot.sees(piece.xid):
-                        visible += piece.changes
-                        ends.append(len(visible))
-                        size_bytes += piece.size_bytes
-                        if size_bytes >= BATCH_BYTES:
-                            await self._apply_changes(transaction, visible, ends)
-                            visible, ends, size_bytes = [], [], 0
-                    else:
-                        deferred = True
-                if not deferred:
-                    marks += piece.marks
-                    end = piece.end_lsn or end
-                piece = await self._next_piece()
-            assert piece.end_lsn is not None  # a mark's transaction holds nothing else
-            await self._apply_changes(transaction, visible, ends)
-            await transaction.fetch_missing(point)
-            self._snapshot, self._snapshot_until = point.snapshot, piece.end_lsn
-            end = end if deferred else piece.end_lsn
-            await transaction.advance(end, point.snapshot)
-        self._durable(end, marks)
-        return deferred
-
-    async def _apply_changes(
-        self, transaction: ApplyTransaction, changes: list[Change], ends: list[int]
-    ) -> None:
-        if changes:
-            await transaction.apply(changes, ends)
-            self.progress.changes_applied += len(changes)
-            self.on_applied(changes)
-
-    async def _next_piece(self) -> Piece:
-        while not (pieces := self.stream.take(0)):
-            await self.stream.wait()
-        return pieces[0]
-
-    def _is_applied(self, piece: Piece) -> bool:
-        return piece.final_lsn < self.applied or (
-            self._snapshot is not None and self._snapshot.sees(piece.xid)
-        )
-
-    def _durable(self, end: Lsn, marks: list[str]) -> None:
-        """The target has committed everything up to `end`."""
-        self.applied = end
-        if self._snapshot_until is not None and end >= self._snapshot_until:
-            self._snapshot = self._snapshot_until = None
-        self.stream.confirm(end)
-        for mark in marks:
-            self._seen.append(mark)
-            awaited = self._awaited.pop(mark, None)
-            if awaited is not None and not awaited.done():
-                awaited.set_result(None)
-
-    async def _confirm_idle(self) -> None:
-        """Nothing for us, but others write: move the slot on, the target's progress first."""
-        now, idle = asyncio.get_running_loop().time(), self.stream.idle_lsn
-        if idle - self.applied < IDLE_CONFIRM_BYTES and now - self._idle_confirmed_at < IDLE_CONFIRM_S:
-            return
-        self._idle_confirmed_at = now
-        if idle > self.applied:
-            async with self.target.transaction() as transaction:
-                await transaction.advance(idle, self._snapshot)
-            self._durable(idle, [])
-
-    def _end(self, error: BaseException) -> None:
-        """Whoever waits for a mark learns that it will not come."""
-        self._ended = error
-        for awaited in self._awaited.values():
-            if isinstance(error, Exception) and not awaited.done():
-                awaited.set_exception(error)
-            else:
-                awaited.cancel()
-        self._awaited.clear()
+    async def close(self) -> None: ...
 
 
-class _RowsMissing(Exception):
-    """The batch cannot be applied from the stream alone."""
+def follower_of(link: Link, progress: Progress, on_applied: Callable[[Mapping[str, int]], None]) -> Follower:
+    """The way in which the link's source is followed; `on_applied` hears how many changes of each kind."""
+    if isinstance(link.changes, Stream):
+        stream = link.changes
+        return StreamFollower(stream.reader, stream.source, link.target, progress, on_applied)
+    return LogFollower(link.changes, link.target, progress, on_applied)

@@ -8,44 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
 
-import structlog
-
 from cutover.ports import Cache, Sequences
 from cutover.protocol import Ends, Report, World, cut_over, recover
-from mover.core.changes import Change
-from mover.core.crash import reach
 from mover.core.errors import (
     CutoverAborted,
     DamageAfterSwitch,
-    LeaseLost,
     MoverError,
     OutcomeUnknown,
     Refused,
     Remedy,
     ServerChanged,
     VerificationFailed,
-    Where,
     first_error,
 )
 from mover.core.migration import Claim, Migration, Place, Progress
-from mover.core.states import PHASES, Phase, Status
+from mover.core.states import Phase, Status
 from mover.core.tables import MovedTable, Plan, Shape
 from mover.engine.align import Alignment
 from mover.engine.copy import WaveCopy
 from mover.engine.figures import Figures
-from mover.engine.follow import Follower
-from mover.engine.site import Link, Site
+from mover.engine.follow import Follower, follower_of
+from mover.engine.journal import Journal
+from mover.engine.preflight import refusal
+from mover.engine.site import Kept, Link, Site
+from mover.engine.switch import RouteDecision, to_the_end
 from mover.engine.verify import Verification
 from mover.ports import Clock, MoveStore
-
-log = structlog.get_logger()
 
 # The stream is caught up when a mark passes through it within this share of the pause budget.
 DRAIN_SHARE = 0.2
@@ -58,8 +52,6 @@ TOMBSTONE_INTERVAL_S = 3600.0
 DAMAGE = "damage_after_switch"  # the note that keeps the source from being cleaned
 SERVERS = "servers"  # the note that keeps which ones they were
 SETTLE_INTERVAL_S = 0.2
-# For a cutover that is being undone or finished when the daemon is told to stop.
-CANCEL_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +72,7 @@ class Observer(Protocol):
 
     def chunk_copied(self, rows: int, size: int) -> None: ...
 
-    def changes_applied(self, changes: Sequence[Change]) -> None: ...
+    def changes_applied(self, kinds: Mapping[str, int]) -> None: ...
 
     def rows_verified(self, rows: int) -> None: ...
 
@@ -88,9 +80,7 @@ class Observer(Protocol):
 
     def cutover(self, outcome: str, pause_ms: float | None) -> None: ...
 
-    def measured(
-        self, migration: Migration, lag_bytes: int, lag_seconds: float, retained_bytes: int
-    ) -> None: ...
+    def measured(self, migration: Migration, lag_bytes: int, lag_seconds: float, kept: Kept) -> None: ...
 
     def writes_refused(self, count: int) -> None: ...
 
@@ -110,6 +100,7 @@ class Move:
     observer: Observer
     progress: Progress = field(default_factory=Progress)
     follower: Follower | None = None
+    journal: Journal = field(init=False)
     alignment: Alignment = field(init=False)
     switched_at: datetime | None = None
     # False while writers may be waiting for the outcome of a cutover: no wish is obeyed meanwhile.
@@ -117,13 +108,14 @@ class Move:
     _figures: Figures = field(init=False)
 
     def __post_init__(self) -> None:
-        self.may_rest = not self._was_reached(Phase.CUTOVER)
-        self.alignment = Alignment(self.claim, self.store, self.site, self._say)
+        self.journal = Journal(self.claim, self.store, self.progress, self.clock, self.observer.phase_took)
+        self.may_rest = not self.journal.was_reached(Phase.CUTOVER)
+        self.alignment = Alignment(self.claim, self.store, self.site, self.journal.say)
         self._figures = Figures(self.progress, self.clock)
 
     async def run(self) -> Status:
         """From where the journal stands to `completed`, or to the next look at the monitoring window."""
-        if self._was_reached(Phase.CUTOVER) and await self._settle_earlier():
+        if self.journal.was_reached(Phase.CUTOVER) and await self._settle_earlier():
             plan = await self._stored_plan()
         else:
             plan = await self._begin()
@@ -138,7 +130,7 @@ class Move:
         plan = await self.store.load_plan(self.claim)
         if plan is not None:
             await self._make_sure_it_is_not_switched()
-            await self._say("undoing: removing everything this migration made")
+            await self.journal.say("undoing: removing everything this migration made")
             await self._clear_source(plan.shape)
             await self._clear_target(plan.shape)
         self.site.rest()
@@ -152,11 +144,12 @@ class Move:
 
         Raises DamageAfterSwitch when the tenant is served by the target."""
         switched = await self.store.is_switched(self.claim)
-        if not switched and self._was_reached(Phase.CUTOVER) and not await self._is_done("undo.reopen"):
+        journal = self.journal
+        if not switched and journal.was_reached(Phase.CUTOVER) and not await journal.is_done("undo.reopen"):
             try:
                 switched = await self._settle_earlier()
             except Refused as error:  # the database is gone, or does not let us in: it serves nobody
-                await self._say(f"undoing without the target: {error}", level="warning")
+                await journal.say(f"undoing without the target: {error}", "warning")
         if switched:
             raise DamageAfterSwitch("the tenant is served by the target: nothing is removed there")
 
@@ -166,10 +159,10 @@ class Move:
         quiet_s = await self.store.tombstone(self.claim, refused, self._tombstone_interval_s)
         if quiet_s >= self.limits.tombstone_s:
             plan = await self._stored_plan()
-            await self.site.remove_tombstone(plan.shape, self._wait_for)
+            await self.site.remove_tombstone(plan.shape, self.journal.wait_for)
             self.site.rest()
             await self.store.end_tombstone(self.claim)
-            await self._say("the tombstone on the source is removed: nothing of ours is left")
+            await self.journal.say("the tombstone on the source is removed: nothing of ours is left")
         await self.store.release(self.claim)
 
     async def _settle_earlier(self) -> bool:
@@ -177,7 +170,7 @@ class Move:
 
         Says whether the tenant was switched."""
         await self.site.take_over()
-        if self._was_reached(Phase.CLEANUP):  # then the target was open, and its fence may be gone
+        if self.journal.was_reached(Phase.CLEANUP):  # then the target was open, and its fence may be gone
             return True
         switched = await self._settle()
         self.may_rest = True
@@ -187,14 +180,17 @@ class Move:
         """The phases before rows flow; a plan that was stored is kept."""
         plan = await self.store.load_plan(self.claim)
         if plan is None:
-            async with self._phase(Phase.PREFLIGHT):
+            async with self.journal.phase(Phase.PREFLIGHT):
                 plan = await self.site.preflight()
                 if plan.refusals:
                     raise refusal(plan)
                 await self.store.save_plan(self.claim, plan)
-        async with self._phase(Phase.PROVISION):
+                for finding in plan.findings:
+                    await self.journal.say(finding.message, "warning")
+        self.progress.capture = plan.shape.capture.value
+        async with self.journal.phase(Phase.PROVISION):
             await self.site.provision()
-        async with self._phase(Phase.PREPARE):
+        async with self.journal.phase(Phase.PREPARE):
             return await self._prepare(plan)
 
     async def _stored_plan(self) -> Plan:
@@ -205,16 +201,17 @@ class Move:
 
     async def _prepare(self, plan: Plan) -> Plan:
         """Says the plan as the schemas are now."""
-        await self._step("prepare.servers", self._know_servers)
-        await self._step("prepare.ownership", self.site.take_over)
-        await self._step("prepare.schemas", self.site.clone_schemas, plan.shape)
-        async with self._journal("prepare.alignment"):
+        step, wait_for = self.journal.step, self.journal.wait_for
+        await step("prepare.servers", self._know_servers)
+        await step("prepare.ownership", self.site.take_over)
+        await step("prepare.schemas", self.site.clone_schemas, plan.shape)
+        async with self.journal.line("prepare.alignment"):
             plan = await self.alignment.align(plan)
         shape = plan.shape
-        await self._step("prepare.identity", self.site.identify_rows, shape, self._wait_for)
-        await self._step("prepare.sequences", self.site.reserve_sequences, shape)
-        await self._step("prepare.guards", self.site.guard, shape, self._wait_for)
-        await self._step("prepare.stream", self.site.publish, shape, self._wait_for)
+        await step("prepare.identity", self.site.identify_rows, shape, wait_for)
+        await step("prepare.sequences", self.site.reserve_sequences, shape)
+        await step("prepare.guards", self.site.guard, shape, wait_for)
+        await step("prepare.stream", self.site.publish, shape, wait_for)
         return plan
 
     async def _know_servers(self) -> None:
@@ -234,10 +231,8 @@ class Move:
     async def _transfer(self, shape: Shape) -> None:
         """Rows flow: copy, follow, prove, switch. One follower serves all four."""
         async with self.site.link(shape) as link, AsyncExitStack() as closing:
-            follower = self.follower = Follower(
-                link.stream, link.source, link.target, self.progress, self.observer.changes_applied
-            )
-            closing.push_async_callback(link.stream.close)
+            follower = self.follower = follower_of(link, self.progress, self.observer.changes_applied)
+            closing.push_async_callback(follower.close)
             verification = self._verification_of(shape, link, follower)
             closing.push_async_callback(verification.close)
             sequences = await closing.enter_async_context(self.site.sequences(shape))
@@ -249,19 +244,19 @@ class Move:
                 with first_error():
                     async with asyncio.TaskGroup() as tasks:
                         following = tasks.create_task(follower.run(), name="follower")
-                        async with self._phase(Phase.COPY):
+                        async with self.journal.phase(Phase.COPY):
                             await copy.run()
-                        async with self._phase(Phase.INDEX):
+                        async with self.journal.phase(Phase.INDEX):
                             await follower.catch_up_once()  # foreign keys: with what has been corrected
                             async with follower.paused():
                                 await self.site.build_rest(shape)
                                 await self.site.check_schemas(shape)
-                        async with self._phase(Phase.CATCH_UP):
+                        async with self.journal.phase(Phase.CATCH_UP):
                             await self._catch_up(follower)
                             await verification.check_schemas()
-                        async with self._phase(Phase.VERIFY):
+                        async with self.journal.phase(Phase.VERIFY):
                             await verification.until_small()
-                        async with self._phase(Phase.CUTOVER):
+                        async with self.journal.phase(Phase.CUTOVER):
                             await self._cut_over(shape, world, follower, verification)
                         following.cancel()
             self.follower = None
@@ -343,21 +338,21 @@ class Move:
         while True:
             await self._know_servers()
             await self.site.check_schemas(shape)
-            await self.site.carry_remarks(shape, self._say)
-            await self.site.check_references(shape, self._say)
+            await self.site.carry_remarks(shape, self.journal.say)
+            await self.site.check_references(shape, self.journal.say)
             await verification.check_schemas()
             await self._catch_up(follower)
             await verification.until_small()
             await verification.one_pass()  # what changes from here on is compared inside the pause
             self.may_rest = False
             try:
-                report = await _to_the_end(cut_over(world, self.limits.pause_budget_s))
+                report = await to_the_end(cut_over(world, self.limits.pause_budget_s))
             except CutoverAborted as error:
                 self.may_rest = True
                 await verification.close()  # the next pass takes the same connections
                 self.observer.cutover("aborted", None)
                 self.progress.waiting_for = f"the next cutover attempt: {error}"
-                await self._say(f"cutover: {error}; trying again in {backoff:.0f} s", level="warning")
+                await self.journal.say(f"cutover: {error}; trying again in {backoff:.0f} s", "warning")
                 await self.clock.sleep(backoff)
                 self.progress.waiting_for = None
                 backoff = min(backoff * 2, longest)
@@ -390,7 +385,9 @@ class Move:
         self.progress.pause_ms = report.pause_ms
         self.progress.evidence |= {**report.evidence, "pause_steps_ms": dict(report.steps_ms)}
         self.observer.cutover("switched", report.pause_ms)
-        await self._say(f"switched to {self.target}: pause {report.pause_ms:.0f} ms, {report.steps_ms}")
+        await self.journal.say(
+            f"switched to {self.target}: pause {report.pause_ms:.0f} ms, {report.steps_ms}"
+        )
 
     async def _compare_completely(self, verification: Verification) -> None:
         """Every row once more, independent of the stream; the source is kept if they differ."""
@@ -412,19 +409,21 @@ class Move:
         await self.store.save_progress(self.claim, self.progress)
         detail = f"{verdict.source_rows} rows equal, root {verdict.source_root}"
         await self.store.end_step(self.claim, "cutover.complete_comparison", detail=detail)
-        await self._say(f"verified: {detail}")
+        await self.journal.say(f"verified: {detail}")
 
     async def _monitor(self, shape: Shape) -> bool:
         """The window before the source is cleaned; False when it is not over yet.
 
         The forward stream is over. A long window is not waited for here: the claim is given back until
         the next look, so that the watched migrations leave room for others. Raises DamageAfterSwitch."""
-        async with self._phase(Phase.MONITOR):
-            if not await self._is_done("monitor.stop_stream"):
-                await self._step("monitor.keep_target", self.site.keep_target, shape)
-                await self._step("monitor.stop_stream", self.site.stop_stream, self._wait_for)
+        async with self.journal.phase(Phase.MONITOR):
+            if not await self.journal.is_done("monitor.stop_stream"):
+                await self.journal.step("monitor.keep_target", self.site.keep_target, shape)
+                await self.journal.step(
+                    "monitor.stop_stream", self.site.stop_stream, shape, self.journal.wait_for
+                )
                 if "source_root" not in self.progress.evidence:
-                    await self._say("no complete comparison after the switch, only before", level="warning")
+                    await self.journal.say("no complete comparison after the switch, only before", "warning")
             if damage := (await self.store.load_notes(self.claim)).get(DAMAGE):
                 raise DamageAfterSwitch(
                     f"after the switch: {damage}",
@@ -445,16 +444,17 @@ class Move:
         self.progress.refused_writes = refused
 
     async def _clean_up(self, shape: Shape) -> None:
-        async with self._phase(Phase.CLEANUP):
+        step, say, wait_for = self.journal.step, self.journal.say, self.journal.wait_for
+        async with self.journal.phase(Phase.CLEANUP):
             # What others refer to would be gone without a word: foreign keys do not act on what we remove.
-            await self.site.check_others_references(shape, self._say)
-            await self._step("cleanup.source_rows", self.site.remove_source_rows, shape, self._say)
-            await self._step("cleanup.owned_guards", self.site.unguard_owned, shape, self._wait_for)
+            await self.site.check_others_references(shape, say)
+            await step("cleanup.source_rows", self.site.remove_source_rows, shape, say)
+            await step("cleanup.tombstone", self.site.keep_tombstone, shape, wait_for)
             # Only now: the index that it needed finds the tenant's rows for the deletes, too.
-            await self._step("cleanup.identity", self.site.restore_identity, shape, self._wait_for)
-            await self._step("cleanup.target_guards", self.site.unguard_target, shape, self._wait_for)
-            await self._step("cleanup.forget_source", self.site.forget_source)
-            await self._step("cleanup.forget_target", self.site.forget_target)
+            await step("cleanup.identity", self.site.restore_identity, shape, wait_for)
+            await step("cleanup.target_guards", self.site.unguard_target, shape, wait_for)
+            await step("cleanup.forget_source", self.site.forget_source)
+            await step("cleanup.forget_target", self.site.forget_target)
         refused = await self.site.refused_writes()
         self.site.rest()
         await self.store.tombstone(self.claim, refused, self._tombstone_interval_s)
@@ -462,18 +462,20 @@ class Move:
 
     async def _clear_source(self, shape: Shape) -> None:
         """Depends on nothing but the source, so that it is free again whatever became of the target."""
-        await self._step("undo.source_ownership", self.site.own_source)
-        await self._step("undo.reopen", self.site.reopen_source)
-        await self._step("undo.stream", self.site.stop_stream, self._wait_for)
-        await self._step("undo.source_guards", self.site.unguard_source, shape, self._wait_for)
-        await self._step("undo.identity", self.site.restore_identity, shape, self._wait_for)
-        await self._step("undo.forget_source", self.site.forget_source)
+        step, wait_for = self.journal.step, self.journal.wait_for
+        await step("undo.source_ownership", self.site.own_source)
+        await step("undo.reopen", self.site.reopen_source)
+        await step("undo.stream", self.site.stop_stream, shape, wait_for)
+        await step("undo.source_guards", self.site.unguard_source, shape, wait_for)
+        await step("undo.identity", self.site.restore_identity, shape, wait_for)
+        await step("undo.forget_source", self.site.forget_source)
 
     async def _clear_target(self, shape: Shape) -> None:
-        await self._step("undo.target_ownership", self.site.own_target)
-        await self._step("undo.target_guards", self.site.unguard_target, shape, self._wait_for)
-        await self._step("undo.target_rows", self.site.remove_target_rows, shape, self._say)
-        await self._step("undo.forget_target", self.site.forget_target)
+        step = self.journal.step
+        await step("undo.target_ownership", self.site.own_target)
+        await step("undo.target_guards", self.site.unguard_target, shape, self.journal.wait_for)
+        await step("undo.target_rows", self.site.remove_target_rows, shape, self.journal.say)
+        await step("undo.forget_target", self.site.forget_target)
 
     @property
     def _tombstone_interval_s(self) -> float:
@@ -485,109 +487,13 @@ class Move:
             self.progress.lag_bytes = self.progress.lag_seconds = None
             return
         self._figures.note(await self.follower.lag_bytes())
-        retained_bytes, wal_status = await self.site.slot_health() or (0, "gone")
+        kept = await self.site.kept_for_us()
         lag_bytes, lag_seconds = self.progress.lag_bytes or 0, self.progress.lag_seconds or 0.0
-        self.observer.measured(self.claim.migration, lag_bytes, lag_seconds, retained_bytes)
-        if self._figures.warns_of_slot(wal_status):
-            await self._say("the slot is about to be lost: the source wants its WAL back", level="warning")
+        self.observer.measured(self.claim.migration, lag_bytes, lag_seconds, kept)
+        if warning := self._figures.warning(kept):
+            await self.journal.say(warning, "warning")
 
     def _window_left(self) -> float:
         """Seconds until the source may be cleaned."""
         switched_at = self.switched_at or self.claim.migration.switched_at or datetime.now(UTC)
         return self.limits.monitoring_s - (datetime.now(UTC) - switched_at).total_seconds()
-
-    def _was_reached(self, phase: Phase) -> bool:
-        """Whether an earlier owner had begun `phase`."""
-        reached = self.claim.migration.phase
-        return reached is not None and PHASES.index(reached) >= PHASES.index(phase)
-
-    @asynccontextmanager
-    async def _phase(self, phase: Phase) -> AsyncIterator[None]:
-        """Journal the phase; one that an earlier owner had passed is only checked again."""
-        started = self.clock.monotonic()
-        if not self._was_reached(phase) or self.claim.migration.phase is phase:
-            await self.store.enter_phase(self.claim, phase)
-        structlog.contextvars.bind_contextvars(phase=phase.value)
-        looking_again = phase is Phase.MONITOR and self.claim.migration.phase is phase
-        if not looking_again:
-            await self._say(f"{phase}: begins")
-        async with self._journal(phase.value):
-            yield
-        seconds = self.clock.monotonic() - started
-        self.observer.phase_took(phase, seconds)
-        if not looking_again:
-            await self._say(f"{phase}: done in {seconds:.1f} s")
-
-    async def _is_done(self, name: str) -> bool:
-        """Whether the journal has the step as done."""
-        return any(step.name == name and step.status == "done" for step in await self.store.steps(self.claim))
-
-    async def _step(self, name: str, action: Callable[..., Awaitable[None]], *arguments: object) -> None:
-        async with self._journal(name):
-            await action(*arguments)
-
-    @asynccontextmanager
-    async def _journal(self, name: str) -> AsyncIterator[None]:
-        """One line of the journal, written before the world changes."""
-        self.progress.waiting_for = None
-        await self.store.begin_step(self.claim, name)
-        reach(f"{name}.begun")
-        try:
-            yield
-        except LeaseLost:
-            raise
-        except MoverError as error:
-            with suppress(MoverError):  # the first error is the one that counts
-                await self.store.end_step(self.claim, name, detail=str(error), ok=False)
-            raise
-        reach(f"{name}.done")
-        await self.store.end_step(self.claim, name)
-
-    async def _wait_for(self, reason: str) -> None:
-        """Nothing moves until somebody else does: shown in the status until the next step."""
-        self.progress.waiting_for = reason
-        await self._say(reason)
-
-    async def _say(self, message: str, level: str = "info") -> None:
-        """To whoever watches the migration, and to the log."""
-        log.log(logging.getLevelNamesMapping()[level.upper()], message, action="event")
-        await self.store.event(self.claim, message, level)
-
-
-@dataclass(frozen=True, slots=True)
-class RouteDecision:
-    """Implements cutover.ports.Decision on the platform database."""
-
-    store: MoveStore
-    claim: Claim
-    source: Place
-    target: Place
-
-    async def switch(self, evidence: Mapping[str, object]) -> None:
-        await self.store.decide(self.claim, self.source, self.target, evidence)
-
-    async def is_switched(self) -> bool:
-        return await self.store.is_switched(self.claim)
-
-
-def refusal(plan: Plan) -> Refused:
-    """Every refusal in one error: which, why, what to do."""
-    first, *others = plan.refusals
-    if not others:
-        return Refused(first.message, where=Where(table=first.table), hint=first.hint)
-    reasons = [f"({n}) {f.message}: {f.hint}" for n, f in enumerate(plan.refusals, start=1)]
-    return Refused(" ".join(reasons), hint="Nothing was changed. A dry run shows whether all are gone.")
-
-
-async def _to_the_end(work: Coroutine[None, None, Report]) -> Report:
-    """A cancellation waits for a cutover that has begun: it ends or undoes itself within its budget."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task], timeout=CANCEL_PATIENCE_S)
-        task.cancel()  # then the next owner settles it
-        await asyncio.wait([task], timeout=CANCEL_PATIENCE_S / 5)
-        if task.done() and not task.cancelled():
-            task.exception()  # seen: what was undone has said why in the journal
-        raise

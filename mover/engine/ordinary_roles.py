@@ -15,6 +15,7 @@ from mover.engine.table_classes import Classes, parents_first
 
 # A trigger that tells our sessions apart by itself is none to worry about: the catalog's query skips it.
 _WHEN = "WHEN (current_setting('mover.tenant', true) IS NULL)"
+_SET_NULL, _SET_DEFAULT = "n", "d"
 
 
 def careful_sides(facts: Facts) -> frozenset[Side]:
@@ -75,13 +76,15 @@ def _on_target(facts: Facts, classes: Classes, fresh: bool) -> Iterator[Finding]
                     table=twin.ref,
                 )
     for relation in filter(classes.is_owned, classes.moved):
-        yield Finding(
-            "owned_rows_checked",
-            f"rows of {relation.ref} are the tenant's by foreign keys, whose actions on the target would get"
-            " in the way of those that come and go with their owners",
-            f"Give it the column {facts.tenancy.column}, or {grant}",
-            table=relation.ref,
-        )
+        for key in classes.ownership.keys[relation.ref]:
+            if key.on_delete == _SET_DEFAULT or key.on_update in (_SET_NULL, _SET_DEFAULT):
+                yield Finding(
+                    "owned_rows_checked",
+                    f"foreign key {key.name} says whose rows of {relation.ref} are, and its SET DEFAULT or"
+                    " ON UPDATE SET NULL would give them to others, or to nobody, out of turn",
+                    f"Make it again with another action on both sides, or {grant}",
+                    table=relation.ref,
+                )
     _, cycle = parents_first(classes.moved, facts.source.foreign_keys)
     if cycle and not fresh:
         yield Finding(

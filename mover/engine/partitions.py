@@ -40,6 +40,8 @@ def unfit_root(facts: Facts, root: Relation) -> Iterator[Finding]:
             f"Give {root.ref} a primary key, not DEFERRABLE.",
         )
         return
+    if not facts.is_streamed:
+        return
     if not can_filter(root, column):
         yield _everybodys(root, column)
     if not root.identity_covers(_needed(root, column)):
@@ -95,7 +97,8 @@ def unfit_partition(facts: Facts, partition: Relation, root: Relation | None) ->
             f"has row-level security that applies to role {role}: it would hide rows",
             f'ALTER ROLE "{role}" BYPASSRLS;',
         )
-    is_unfit = partition.kind == "r" and not partition.identity_covers(_needed(root, column))
+    is_stored = facts.is_streamed and partition.kind == "r"
+    is_unfit = is_stored and not partition.identity_covers(_needed(root, column))
     if _has_primary(root) and is_unfit:  # else the root's is said
         yield _identity(partition, column)
 

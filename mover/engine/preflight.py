@@ -5,10 +5,13 @@ What can be wrong is in `preflight_checks`; which table is moved, in `table_clas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mover.core.ddl import rename_schemas
+from mover.core.errors import Refused, Where
 from mover.core.facts import Facts, Relation, ServerFacts
+from mover.core.ids import Capture
 from mover.core.tables import Column, Finding, MovedTable, Plan, SequenceRef, Shape
 from mover.engine import ordinary_roles, table_classes
 from mover.engine.preflight_checks import CHECKS, TABLE_CHECKS
@@ -18,7 +21,33 @@ from mover.engine.wording import listed
 
 
 def judge(facts: Facts) -> Plan:
-    """The plan, with all refusals and warnings at once."""
+    """The plan, with all refusals and warnings at once.
+
+    Where nobody has said how changes are to be followed, it is by the WAL, unless something refuses that
+    which triggers could do without."""
+    if facts.capture is not None:
+        return _judge(facts)
+    streamed = _judge(replace(facts, capture=Capture.WAL))
+    if not streamed.refusals:
+        return streamed
+    written = _judge(replace(facts, capture=Capture.TRIGGER))
+    left = {finding.message for finding in written.refusals}
+    if reasons := [finding for finding in streamed.refusals if finding.message not in left]:
+        return replace(written, findings=(_by_triggers(reasons), *written.findings))
+    return streamed
+
+
+def _by_triggers(reasons: Sequence[Finding]) -> Finding:
+    return Finding(
+        "capture_by_triggers",
+        f"changes are captured by triggers, since {'; '.join(finding.message for finding in reasons)}",
+        "Nothing to do; the tenant's own writes cost more so. For the WAL instead: "
+        + " ".join(finding.hint for finding in reasons),
+        warning=True,
+    )
+
+
+def _judge(facts: Facts) -> Plan:
     classes = table_classes.classify(facts)
     ordered, cycle = table_classes.parents_first(classes.moved, facts.source.foreign_keys)
     findings = [finding for check in CHECKS for finding in check(facts, classes)]
@@ -34,9 +63,19 @@ def judge(facts: Facts) -> Plan:
     )
 
 
+def refusal(plan: Plan) -> Refused:
+    """Every refusal in one error: which, why, what to do."""
+    first, *others = plan.refusals
+    if not others:
+        return Refused(first.message, where=Where(table=first.table), hint=first.hint)
+    reasons = [f"({n}) {f.message}: {f.hint}" for n, f in enumerate(plan.refusals, start=1)]
+    return Refused(" ".join(reasons), hint="Nothing was changed. A dry run shows whether all are gone.")
+
+
 def judge_again(facts: Facts, before: Shape) -> tuple[Shape, tuple[Finding, ...]]:
     """The shape by the same rules once the migration has begun, and the refusals that a change of the
     schemas can bring. `facts` has no counts: the estimates of `before` are kept."""
+    facts = replace(facts, capture=before.capture)
     classes = table_classes.classify(facts)
     ordered, _ = table_classes.parents_first(classes.moved, facts.source.foreign_keys)
     known = {t.source: t for t in before.tables}
@@ -67,6 +106,7 @@ def _shape(facts: Facts, classes: Classes, ordered: list[Relation]) -> Shape:
         sequences=_sequences(facts, classes),
         fresh=facts.fresh,
         careful=ordinary_roles.careful_sides(facts),
+        capture=Capture.WAL if facts.is_streamed else Capture.TRIGGER,
     )
 
 
@@ -95,7 +135,7 @@ def _moved_table(facts: Facts, classes: Classes, relation: Relation) -> MovedTab
         owners=ownership.owners(relation.ref, facts.mapped, column),
         referenced=ownership.referenced(relation.ref),
         deferred=ownership.deferred(relation.ref),
-        sends_all=not classes.is_filtered(relation),
+        sends_all=facts.is_streamed and not classes.is_filtered(relation),
     )
 
 
@@ -114,11 +154,14 @@ def _shown_facts(facts: Facts, classes: Classes) -> dict[str, object]:
         "source": _shown_server(facts.source.server),
         "target": _shown_server(facts.target.server),
         "fresh_target": facts.fresh,
+        "capture": (Capture.WAL if facts.is_streamed else Capture.TRIGGER).value,
         "rows": sum(r.rows for r in facts.rows.values()),
         "bytes": sum(r.bytes for r in facts.rows.values()),
         "rows_exact": all(r.exact for r in facts.rows.values()),
         "replica_identity_changes": [
-            str(r.ref) for r in classes.moved if not r.identity_covers(classes.identity(r))
+            str(r.ref)
+            for r in classes.moved
+            if facts.is_streamed and not r.identity_covers(classes.identity(r))
         ],
     }
 

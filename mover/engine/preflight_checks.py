@@ -160,6 +160,8 @@ def _ownership(facts: Facts, classes: Classes) -> Iterator[Finding]:
 
 def _identity_indexes(facts: Facts, classes: Classes) -> Iterator[Finding]:
     """Where a replica identity has to be built, the table's schema has to let us."""
+    if not facts.is_streamed:
+        return
     role = facts.source.server.role
     building = [
         r
@@ -200,6 +202,8 @@ def _subscriptions(facts: Facts, classes: Classes) -> Iterator[Finding]:
 
 def _publications(facts: Facts, classes: Classes) -> Iterator[Finding]:
     """Those whose UPDATEs would fail, for every tenant, under the replica identity that we need."""
+    if not facts.is_streamed:
+        return
     for relation in classes.moved:
         needed = classes.identity(relation)
         if relation.identity_covers(needed):

@@ -13,11 +13,14 @@ OLDEST_MINOR: Mapping[int, int] = {15: 13, 16: 9, 17: 5}
 
 
 def source_server(facts: Facts, _: Classes) -> Iterator[Finding]:
+    """What logical decoding needs."""
     server = facts.source.server
+    if not facts.is_streamed:
+        return
     if server.wal_level != "logical":
         yield Finding(
             "wal_level",
-            f"wal_level is {server.wal_level} on the source, so that changes cannot be followed",
+            f"wal_level is {server.wal_level} on the source, so that changes cannot be decoded",
             "ALTER SYSTEM SET wal_level = logical; then restart the source.",
         )
     if not server.replication:

@@ -10,7 +10,7 @@ from typing import Protocol
 from cutover.ports import Fence, Sequences, TargetFence
 from mover.core.ids import TableRef, TenantId
 from mover.core.tables import MovedTable, Plan, Shape
-from mover.ports import ApplyTarget, ChangeSource, ChangeStream, Copier
+from mover.ports import ApplyTarget, ChangeLog, ChangeSource, ChangeStream, Copier
 from verify.ports import DigestReader
 
 
@@ -25,16 +25,32 @@ class SnapshotReaders(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Stream:
+    """A source that sends what commits there."""
+
+    reader: ChangeStream
+    source: ChangeSource
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
     """The open connections between the two sides while rows flow."""
 
-    stream: ChangeStream
-    source: ChangeSource
+    changes: Stream | ChangeLog
     target: ApplyTarget
     copier: Copier
     source_readers: SnapshotReaders
     target_readers: SnapshotReaders
     schema_stamp: Callable[[], Awaitable[str]]  # quick to read, see Site.schema_stamp
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the source keeps for us until we have read it."""
+
+    wal_bytes: int = 0  # by the slot
+    wal_status: str = ""  # pg_replication_slots.wal_status; "" where there is no slot
+    log_bytes: int = 0  # what triggers have written down
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +170,10 @@ class Site(Protocol):
 
     def link(self, shape: Shape) -> AbstractAsyncContextManager[Link]: ...
 
-    async def slot_health(self) -> tuple[int, str] | None:
-        """WAL bytes that the slot retains, and its wal_status; None when it is gone."""
-        ...
+    async def kept_for_us(self) -> Kept: ...
 
-    async def stop_stream(self, say: Say) -> None:
-        """Drop the slot, then the publication."""
+    async def stop_stream(self, shape: Shape, say: Say) -> None:
+        """Drop the slot, then the publication; or, once the tenant has left, write nothing down any more."""
         ...
 
     async def restore_identity(self, shape: Shape, say: Say) -> None: ...
@@ -174,8 +188,8 @@ class Site(Protocol):
 
     async def unguard_source(self, shape: Shape, say: Say) -> None: ...
 
-    async def unguard_owned(self, shape: Shape, say: Say) -> None:
-        """On the source, after its rows are removed: what is left guards the tables of their owners."""
+    async def keep_tombstone(self, shape: Shape, say: Say) -> None:
+        """On the source, after its rows are removed: of the guards only what refuses late writes stays."""
 
     async def unguard_target(self, shape: Shape, say: Say) -> None: ...
 

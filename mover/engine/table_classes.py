@@ -122,8 +122,9 @@ def _owned(facts: Facts, relation: Relation, ownership: Ownership) -> Finding:
             relation,
             "owned_rows",
             f"belongs to the tenant by foreign keys to {parents}: while the tenant moves, everybody's writes"
-            " to it look that up, and all of them are read from the stream; the columns of these keys, and"
-            f" those of {parents}, can be neither dropped nor retyped before the source is cleaned up",
+            f" to it look that up{', and all of them are read from the stream' if facts.is_streamed else ''};"
+            f" the columns of these keys, and those of {parents}, can be neither dropped nor retyped before"
+            " the source is cleaned up",
             f"Give it the column {facts.tenancy.column} where that costs too much.",
         ),
         warning=True,
@@ -187,7 +188,7 @@ def _keyless(facts: Facts, relation: Relation) -> Finding:
     rows = facts.rows.get(relation.ref)
     is_large = rows is not None and rows.rows > MAX_SCANNED_ROWS
     late = "; since it is large, what changes last is compared only after the switch" if is_large else ""
-    if facts.source.server.major >= 18 and any(c.generated for c in relation.columns):
+    if facts.is_streamed and facts.source.server.major >= 18 and any(c.generated for c in relation.columns):
         return _refusal(
             relation,
             "no_key_generated_columns",
@@ -199,8 +200,8 @@ def _keyless(facts: Facts, relation: Relation) -> Finding:
             relation,
             "no_key",
             "has no key (primary or unique, of NOT NULL columns, not DEFERRABLE): while the tenant moves,"
-            " every tenant's updates and deletes write whole rows to the WAL, and the tenant's are found by a"
-            f" scan{late}",
+            f" {'every' if facts.is_streamed else 'the'} tenant's updates and deletes write whole rows to the"
+            f" {'WAL' if facts.is_streamed else 'log'}, and the tenant's are found by a scan{late}",
             hint,
         ),
         warning=True,

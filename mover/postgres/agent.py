@@ -6,6 +6,7 @@ from psycopg import sql
 
 from mover.core.ids import MigrationId
 from mover.postgres import owner
+from mover.postgres.capture import drop_log
 from mover.postgres.connect import Database, Identity
 from mover.sql import load
 
@@ -27,7 +28,7 @@ async def is_installed(database: Database) -> bool:
 
 
 async def forget(database: Database, migration: MigrationId) -> None:
-    """Remove the migration's rows, and the schema with the last of them."""
+    """Remove the migration's rows and its log, and the schema with the last of them."""
     if not await is_installed(database):
         return
     queries = load("agent")
@@ -35,4 +36,5 @@ async def forget(database: Database, migration: MigrationId) -> None:
         for table in _TABLES:
             statement = sql.SQL(queries["forget"]).format(table=sql.Identifier(table))
             await conn.execute(statement, (migration,))
+        await drop_log(conn, migration)
         await conn.execute(queries["uninstall"])

@@ -5,9 +5,9 @@ Many changes are staged and merged as sets, few are single statements in source 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any
 
 import psycopg
@@ -32,7 +32,6 @@ from mover.core.membership import Membership, Values, questions
 from mover.core.presence import Missing, keys_of, on_target
 from mover.core.snapshot import Snapshot
 from mover.ports import ConsistentPoint
-from mover.postgres import roles
 from mover.postgres.connect import Identity
 from mover.postgres.layout import groups_of, row_blocks, stage_blocks, touched
 from mover.postgres.moved import MovedTables
@@ -49,10 +48,8 @@ Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 class Transaction:
     """Implements ports.ApplyTransaction."""
 
-    def __init__(
-        self, tables: MovedTables, conn: Connection, identity: Identity, forces: roles.Forces | None
-    ) -> None:
-        self._tables, self._conn, self._identity, self._forces = tables, conn, identity, forces
+    def __init__(self, tables: MovedTables, conn: Connection, identity: Identity) -> None:
+        self._tables, self._conn, self._identity = tables, conn, identity
         self._missing: Missing = {}
         self._rehomed: Values = {}
         self._awaited: Values = {}
@@ -66,21 +63,7 @@ class Transaction:
         await self._conn.execute(_ADVANCE, facts)
 
     async def apply(self, changes: Sequence[Change], ends: Sequence[int] = ()) -> None:
-        if self._forces is None:
-            return await self._apply(changes)
-        await self._forces.leave_out(self._tables.target_tables(changes))
-        missing = {table: set(keys) for table, keys in self._missing.items()}
-        if len(ends) > 1 and await self._tried(self._apply(changes)):
-            return
-        self._missing = missing
-        # What each transaction of the source needs to get past the foreign keys may not fit the others.
-        for begin, end in pairwise([0, *ends] if ends else [0, len(changes)]):
-            part, missing = changes[begin:end], {table: set(keys) for table, keys in self._missing.items()}
-            if await self._tried(self._apply(part)):
-                continue
-            self._missing = missing
-            await self._forces.postpone_checks()
-            await self._apply(part)
+        await self._apply(changes)
 
     async def _apply(self, changes: Sequence[Change]) -> None:
         for part in self._tables.in_parts(changes):
@@ -109,15 +92,21 @@ class Transaction:
         owned = self._tables.owned
         if not owned.tables:
             return await self._apply_part([c for c in changes if not isinstance(c, OwnerChange)])
+        tenants, membership = await self._tenants(changes)
+        await self._apply_part(tenants)
+        for reference, found in (await owned.left_behind(self._conn, membership.left)).items():
+            self._rehomed.setdefault(reference, set()).update(found)
+
+    async def _tenants(self, changes: list[RowChange | OwnerChange]) -> tuple[list[RowChange], Membership]:
+        """The changes as the tenant's rows see them, and what else was found about them."""
+        owned = self._tables.owned
         keys, values = await owned.known(self._conn, questions(changes, owned.tables, self._key_of))
         membership = Membership(
             owned.tables, str(owned.tenant), self._key_of, keys, values, self._rehomed, self._awaited
         )
         tenants = list(membership.tenants(changes))
         self._rehomed = {r: found for r, found in self._rehomed.items() if owned.concerns(r)}
-        await self._apply_part(tenants)
-        for reference, found in (await owned.left_behind(self._conn, membership.left)).items():
-            self._rehomed.setdefault(reference, set()).update(found)
+        return tenants, membership
 
     async def _truncate(self, truncated: Truncated) -> None:
         table = truncated.table
@@ -190,7 +179,7 @@ class Transaction:
                 return
         if not is_fitted:
             changes = await self._fit(changes)
-        if not self._tables.careful:
+        if not self._tables.careful or len(changes) == 1:
             await self._replay(changes)
         elif not await self._tried(self._replay(changes)) and (is_large or not await self._as_sets(changes)):
             await self._replay_runs(changes)
@@ -242,7 +231,7 @@ class Transaction:
             return False
         return await self._tried(self._merge_all(net))
 
-    async def _tried(self, work: Awaitable[None]) -> bool:
+    async def _tried(self, work: Coroutine[Any, Any, None]) -> bool:
         """False when the rows did not let it happen; then nothing has happened."""
         try:
             async with self._conn.transaction():  # a savepoint
@@ -253,6 +242,8 @@ class Transaction:
             if not (error.sqlstate or "").startswith(_CONFLICTS):
                 raise
             return False
+        finally:
+            work.close()  # it has not begun where the savepoint was cancelled
         return True
 
     async def _merge_all(self, net: Mapping[TableRef, NetTable]) -> None:

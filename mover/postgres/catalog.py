@@ -188,6 +188,8 @@ def _foreign_key(row: Row) -> ForeignKey:
         deferrable=row["deferrable"],
         validated=row["validated"],
         indexed=row["indexed"],
+        on_delete=row["on_delete"],
+        on_update=row["on_update"],
     )
 
 

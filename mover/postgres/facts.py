@@ -26,7 +26,7 @@ from mover.core.facts import (
     SideFacts,
     Tenancy,
 )
-from mover.core.ids import Side, TableRef, TenantId
+from mover.core.ids import Capture, Side, TableRef, TenantId
 from mover.core.migration import Place
 from mover.core.ownership import Ownership, find_ownership
 from mover.core.tables import Holding, ties
@@ -48,8 +48,11 @@ async def gather(
     target_place: Place,
     tenancy: Tenancy,
     tenant: TenantId,
+    capture: Capture | None = None,
 ) -> Facts:
-    """Raises Unreachable or Refused when a server cannot be read at all."""
+    """`capture` is how an operator wants changes to be followed.
+
+    Raises Unreachable or Refused when a server cannot be read at all."""
     schemas = dict(zip(source_place.schemas, target_place.schemas, strict=True))
     async with source.connect("preflight") as ours, target.connect("preflight") as theirs:
         with first_error():
@@ -60,7 +63,7 @@ async def gather(
                 ]
         sides = [task.result() for task in reading]
         wanted = max(source.limit, target.limit)
-        base = Facts(tenant, tenancy, schemas, sides[0], sides[1], connections_wanted=wanted)
+        base = Facts(tenant, tenancy, schemas, sides[0], sides[1], wanted, capture)
         return await _Gathering(_Server(ours, source.label), base, _Server(theirs, target.label)).run()
 
 

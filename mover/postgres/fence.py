@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -28,13 +29,12 @@ from mover.core.tables import Holding
 from mover.postgres import owner
 from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
-from mover.postgres.guards import Connection, Found, Guards, Say
+from mover.postgres.guards import UNGUARDED, Connection, Guards, Say
 from mover.sql import load
 
 # A transaction open for longer than this when the cutover begins is waited for outside the fence.
 MAX_HOLDER_AGE_S = 0.5
 _HOLD = "hold"
-_UNGUARDED = Found(is_guarded=False, telling=0)
 
 
 class WrongState(MoverError):
@@ -47,7 +47,12 @@ class PgFence:
     """One tenant's fence in one vertical's schemas of one database."""
 
     def __init__(
-        self, database: Database, tenant: TenantId, vertical: str, identity: Identity, hold_s: float
+        self,
+        database: Database,
+        tenant: TenantId,
+        vertical: str,
+        identity: Identity,
+        hold_s: float,
     ) -> None:
         """A session that holds the tenant ends by itself when it was idle for `hold_s`."""
         self._database, self._tenant, self._vertical = database, tenant, vertical
@@ -55,22 +60,32 @@ class PgFence:
         digest = hashlib.md5(f"{tenant}/{vertical}".encode(), usedforsecurity=False).digest()
         self.name = digest.hex()[:16]
         self.key = int.from_bytes(digest[:8], "big", signed=True)
-        self._guards = Guards(self.name, self.key, tenant, identity, hold_s)
+        self._guards = self._guards_of(captures=False)
         self._guarded_tables: tuple[Holding, ...] = ()
         self._hold: AsyncExitStack | None = None
         self._holder: Connection | None = None
         self._stray_pid: int | None = None
 
-    async def install(self, tables: Sequence[Holding], state: str, say: Say) -> None:
-        """Guards on `tables`, the fence beginning in `state`; repeatable."""
+    def _guards_of(self, *, captures: bool) -> Guards:
+        return Guards(self.name, self.key, self._tenant, self._identity, self._hold_s, captures=captures)
+
+    async def install(
+        self, tables: Sequence[Holding], state: str, say: Say, *, captures: bool = False
+    ) -> None:
+        """Guards on `tables`, the fence beginning in `state`; repeatable. `captures`: they write down what
+        they let pass."""
+        self._guards = self._guards_of(captures=captures)
         async with self._database.borrow("guard", client_min_messages="warning") as conn:
             async with conn.transaction():
                 await owner.hold(conn, self._identity)
-                await self._guards.make_functions(conn)
+                await self._guards.make_functions(conn, tables)
                 await conn.execute(load("fence")["record"], self._facts() | {"state": state})
             done = await self._guards.standing(conn)
             for holding in tables:
-                if not done.get(holding.table, _UNGUARDED).suffices(holding):
+                found = done.get(holding.table, UNGUARDED)
+                if not self._guards.suffices(found, holding):
+                    if found.telling and found.captures != captures:
+                        await self._guards.stop_telling(conn, holding.table, say)
                     await self._guards.guard(conn, holding, say)
         self._guarded_tables = tuple(tables)
 
@@ -97,27 +112,45 @@ class PgFence:
                 await self._guards.drop_functions(conn)
                 await conn.execute("DELETE FROM mover.fence WHERE name = %s", (self.name,))
 
-    async def unguard_owned(self, tables: Sequence[Holding], say: Say) -> None:
-        """Where the tenant's rows are gone, nothing can be written to owned tables that the guards of their
-        owners would let pass: they need none of their own, which would stand in the way of ALTER TABLE."""
+    async def keep_tombstone(self, tables: Sequence[Holding], say: Say) -> None:
+        """Where the tenant's rows are gone, only what refuses his writes stays: nothing tells or writes down
+        anything, and nothing can be written to owned tables that the guards of their owners would let pass,
+        so that they need none of their own, which would stand in the way of ALTER TABLE."""
+        self._guards = self._guards_of(captures=False)
         async with self._database.borrow("guard", client_min_messages="warning") as conn:
             if await self._state_on(conn) != "moved":
                 return  # a later migration has taken the place over
             standing = await self._guards.standing(conn)
             for holding in tables:
-                if holding.table in standing and holding.tenant_column is None:
+                found = standing.get(holding.table)
+                if found is None:
+                    continue
+                if holding.tenant_column is None:
                     await self._guards.unguard(conn, holding.table, say)
-                elif holding.table in standing and standing[holding.table].telling:
+                    continue
+                if found.telling:
                     await self._guards.stop_telling(conn, holding.table, say)
+                if found.captures:
+                    await self._guards.guard(conn, replace(holding, referenced=()), say)
             async with conn.transaction():
                 await owner.hold(conn, self._identity)
-                await self._guards.drop_owned_functions(conn)
+                await self._guards.drop_helpers(conn)
+
+    async def stop_capturing(self) -> None:
+        """Where the tenant has left, nobody gets past the guards to write anything down. Elsewhere they do
+        until they are gone."""
+        async with self._database.borrow("guard") as conn:
+            if await self._state_on(conn) == "moved":
+                async with conn.transaction():
+                    await owner.hold(conn, self._identity)
+                    await self._guards.stop_capturing(conn)
 
     async def _hand_back(self, conn: Connection) -> None:
         """The earlier migration's tombstone stands again, for that migration to look after."""
         async with conn.transaction():
             await owner.hold(conn, self._identity)
             await self._change_on(conn, ("closed", "aborted", "moved"), "moved")
+            await self._guards.stop_capturing(conn)
             await conn.execute(_HAND_BACK, (self.name, self._identity.migration))
 
     async def get_ready(self) -> None:
@@ -137,7 +170,10 @@ class PgFence:
             standing = await self._guards.standing(self._holder)
             await self._warm_up(self._holder)
         guarded = self._guarded_tables
-        if missing := sorted(h.table for h in guarded if not standing.get(h.table, _UNGUARDED).suffices(h)):
+        missing = sorted(
+            h.table for h in guarded if not self._guards.suffices(standing.get(h.table, UNGUARDED), h)
+        )
+        if missing:
             raise SchemaChanged(
                 f"{self._database.label}: the guard is gone or disabled on {', '.join(map(str, missing))}",
                 hint="Somebody changed its triggers; resume, and they are made again.",

@@ -1,24 +1,25 @@
 """The fence's triggers on the tables of one place: guards that make writers of the tenant's rows ask its
-state, and those that tell of owners that change.
+state, and those that tell of owners that change; or, with capture by triggers, write down every change.
 
 The SQL and its reasons stand in `mover/sql/fence.sql`.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import psycopg
 from psycopg import sql
 
 from mover.core.ids import TableRef, TenantId
-from mover.core.tables import Holding
-from mover.postgres import owner
+from mover.core.tables import Holding, Tie
+from mover.postgres import capture, owner
+from mover.postgres.capture import Capture
 from mover.postgres.connect import Identity
-from mover.postgres.holdings import is_owned, named, owning_columns
+from mover.postgres.holdings import is_tenants, named, owning_columns
 from mover.postgres.locks import with_lock_timeout
 from mover.sql import load
 
@@ -27,7 +28,7 @@ from mover.sql import load
 GUARD_WAIT_MS = 10_000
 GUARD_WAIT_BUDGETS = 3
 _GUARDING = ("insert", "update", "delete", "truncate")
-_TELLING = ("rehome", "rekey", "vacate")
+_TELLING = ("rehome", "rekey", "vacate", "hand_over")
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 Say = Callable[[str], Awaitable[None]]
 
@@ -37,24 +38,57 @@ class Found:
     """The triggers of one place on one table that always fire."""
 
     is_guarded: bool  # all four, also on its partitions
-    telling: int  # of changes of owners
-
-    def suffices(self, holding: Holding) -> bool:
-        return self.is_guarded and self.telling >= len(_telling(holding))
+    telling: int  # of changes of owners, or of keys
+    captures: bool  # they write down what they let pass
 
 
+UNGUARDED = Found(is_guarded=False, telling=0, captures=False)
 Standing: TypeAlias = Mapping[TableRef, Found]
 
 
 class Guards:
-    """Those of the place `name`, whose lock is `key`."""
+    """Those of the place `name`, whose lock is `key`; `captures`: they write down what they let pass."""
 
-    def __init__(self, name: str, key: int, tenant: TenantId, identity: Identity, hold_s: float) -> None:
+    def __init__(
+        self, name: str, key: int, tenant: TenantId, identity: Identity, hold_s: float, *, captures: bool
+    ) -> None:
         self._name, self._key, self._tenant, self._identity = name, key, tenant, identity
         self._wait_ms = max(GUARD_WAIT_MS, round(hold_s * 1000 * GUARD_WAIT_BUDGETS))
+        self._capture = Capture(name, identity.migration)
+        self._captures = captures
 
-    async def make_functions(self, conn: Connection) -> None:
+    async def make_functions(self, conn: Connection, tables: Iterable[Holding]) -> None:
+        """In the caller's transaction."""
         await conn.execute(self._sql("install"))
+        if self._captures:
+            await self._capture.make_log(conn)
+            for holding in tables:
+                await self._capture.make_functions(conn, holding, self._names)
+        elif any(map(self._telling, tables)):
+            await conn.execute(self._sql("tell_function"))
+        told = self._capture.told if self._captures else sql.SQL(load("fence")["truncate_in_stream"])
+        await conn.execute(self._sql("truncate_function", told=told))
+
+    async def stop_capturing(self, conn: Connection) -> None:
+        """Where nobody gets past the guards any more: nothing of ours depends on columns for it; in the
+        caller's transaction, locking nothing of the application's."""
+        await self._drop(conn, [self._capture.row_prefix])
+
+    def suffices(self, found: Found, holding: Holding) -> bool:
+        return (
+            found.is_guarded
+            and found.captures == self._captures
+            and found.telling >= len(self._telling(holding))
+        )
+
+    def _telling(self, holding: Holding) -> tuple[str, ...]:
+        """The triggers that tell of changes beside those that guard."""
+        handing_over = ("hand_over",) if holding.referenced else ()
+        if self._captures:
+            return (*capture.telling(holding), *handing_over)
+        if holding.tenant_column is None or not holding.referenced:
+            return handing_over
+        return ("rehome", "rekey", "vacate", *handing_over) if holding.deferred else ("rehome", *handing_over)
 
     async def standing(self, conn: Connection) -> Standing:
         """The tables that carry triggers of this place, a partitioned one before its partitions, whose row
@@ -64,20 +98,22 @@ class Guards:
             "telling": [self._trigger(kind) for kind in _TELLING],
         }
         cursor = await conn.execute(load("fence")["guarded"], facts)
-        return {
-            TableRef(schema, name): Found(is_guarded, telling)
-            for schema, name, is_guarded, telling in await cursor.fetchall()
-        }
+        return {TableRef(schema, name): Found(*found) for schema, name, *found in await cursor.fetchall()}
 
     async def guard(self, conn: Connection, holding: Holding, say: Say) -> None:
         table = holding.table
         if holding.tenant_column is None:
             await self._make_owned_function(conn, holding)
-        await self._under_lock_timeout(
-            conn, self._sql("guard_table", table=named(table), **self._conditions(holding)), table, say
-        )
-        if _telling(holding):
+        conditions = self._conditions(holding)
+        called = {f"{kind}_function": self._called(table, kind) for kind in ("insert", "update", "delete")}
+        statement = self._sql("guard_table", table=named(table), **conditions, **called)
+        await self._under_lock_timeout(conn, statement, table, say)
+        if self._captures:
+            await self._capture_moves(conn, holding, conditions["updated"], say)
+        elif holding.tenant_column is not None and holding.referenced:
             await self._tell_of_changes(conn, holding, say)
+        if holding.referenced:
+            await self._tell_of_handing_over(conn, holding, say)
         names = {"schema": table.schema, "name": table.name}
         for found in await (await conn.execute(load("fence")["partitions"], names)).fetchall():
             partition = TableRef(*found)
@@ -92,16 +128,28 @@ class Guards:
         statement = self._sql("stop_telling", table=named(table))
         await self._under_lock_timeout(conn, statement, table, say)
 
-    async def drop_owned_functions(self, conn: Connection) -> None:
-        """After the triggers that call them; in the caller's transaction."""
-        facts = {"prefix": self._owned_prefix}
-        for (function,) in await (await conn.execute(load("fence")["owned_functions"], facts)).fetchall():
-            await conn.execute(self._sql("drop_owned_function", function=sql.SQL(function)))
+    async def drop_helpers(self, conn: Connection) -> None:
+        """All but what plain guards call, after the triggers that call it; in the caller's transaction."""
+        for view in await (
+            await conn.execute(load("fence")["views"], {"prefix": self._view_prefix})
+        ).fetchall():
+            await conn.execute(self._sql("drop_view", view=sql.Identifier(*view)))
+        capturing = [self._capture.prefix, self._capture.row_prefix]
+        kinds = ("tell", "owned", "hold", "ours", "hand_over")
+        await self._drop(conn, [*capturing, *(f"{kind}_{self._name}" for kind in kinds)])
 
     async def drop_functions(self, conn: Connection) -> None:
         """After the last trigger; in the caller's transaction."""
-        await self.drop_owned_functions(conn)
+        await self.drop_helpers(conn)
         await conn.execute(self._sql("uninstall"))
+
+    async def _drop(self, conn: Connection, prefixes: Iterable[str]) -> None:
+        for function in await capture.functions(conn, prefixes):
+            await conn.execute(self._sql("drop_function", function=function))
+
+    def _called(self, table: TableRef, kind: str) -> sql.Composable:
+        """The function that the table's trigger calls."""
+        return self._capture.function(table, kind) if self._captures else self._names["guard_function"]
 
     def _conditions(self, holding: Holding) -> dict[str, sql.Composable]:
         """Whether a row that is inserted, updated or deleted is the tenant's, before or after."""
@@ -109,37 +157,90 @@ class Guards:
             column, tenant = sql.Identifier(holding.tenant_column), sql.Literal(str(self._tenant))
             new, old = (sql.SQL(f"{row}.{{}} = {{}}").format(column, tenant) for row in ("NEW", "OLD"))
             return {"inserted": new, "updated": sql.SQL("({} OR {})").format(old, new), "deleted": old}
-        function = sql.Identifier("mover", self._owned_function(holding))
+        function = sql.Identifier("mover", self._of("owned", holding.table))
         new_values, old_values = (_values(row, owning_columns(holding)) for row in ("NEW", "OLD"))
-        new, old = (sql.SQL("{}({})").format(function, values) for values in (new_values, old_values))
-        updated = sql.SQL("({} OR ROW({}) IS DISTINCT FROM ROW({}) AND {})").format(
-            new, old_values, new_values, old
+        refers_anew = sql.SQL("ROW({}) IS DISTINCT FROM ROW({})").format(old_values, new_values)
+        inserted = sql.SQL("{}({}, true)").format(function, new_values)
+        deleted = sql.SQL("{}({}, false)").format(function, old_values)
+        updated = sql.SQL("({}({}, {anew}) OR {anew} AND {})").format(
+            function, new_values, deleted, anew=refers_anew
         )
-        return {"inserted": new, "updated": updated, "deleted": old}
+        return {"inserted": inserted, "updated": updated, "deleted": deleted}
 
     async def _make_owned_function(self, conn: Connection, holding: Holding) -> None:
         columns = owning_columns(holding)
         parameters = sql.SQL(", ").join(
             sql.SQL("{}.{}%TYPE").format(named(holding.table), sql.Identifier(column)) for column in columns
         )
-        arguments = {column: sql.SQL(f"${number}") for number, column in enumerate(columns, start=1)}
+        ties = list(enumerate(holding.ties, start=1))
+        views = {
+            n: sql.Identifier(f"{self._view_prefix}{capture.digest(holding.table)}_{n}") for n, _ in ties
+        }
+        asked = [
+            self._sql(
+                "owned_by",
+                owner_view=views[n],
+                chosen=_chosen(tie, columns),
+                refers=_refers(tie, columns),
+                owner_oid=sql.Literal(await capture.oid_of(conn, tie.parent.table)),
+                hand_over_name=sql.Literal(self._trigger("hand_over")),
+            )
+            for n, tie in ties
+        ]
         statement = self._sql(
             "owned_function",
-            owned_function=sql.Identifier(self._owned_function(holding)),
+            owned_function=sql.Identifier(self._of("owned", holding.table)),
             parameters=parameters,
-            owned=is_owned(holding, arguments, self._tenant, lock=True),
+            ties=sql.SQL("\n").join(asked),
         )
         async with conn.transaction():
             await owner.hold(conn, self._identity)
+            for n, tie in ties:
+                parts = {
+                    "owner_view": views[n],
+                    "table": named(tie.parent.table),
+                    "ours": self._looks_up(tie),
+                }
+                referenced = _aliased(tie.referenced)
+                await conn.execute(self._sql("owner_view", referenced=referenced, **parts))
             await conn.execute(statement)
 
-    def _owned_function(self, holding: Holding) -> str:
-        table = hashlib.md5(str(holding.table).encode(), usedforsecurity=False).hexdigest()
-        return f"{self._owned_prefix}{table[:16]}"
+    def _looks_up(self, tie: Tie) -> sql.Composed:
+        """Whether the owner `o` is the tenant's, for a look-up that locks what it depends on."""
+        if tie.parent.tenant_column is not None:
+            return is_tenants(tie.parent, "o", self._tenant)
+        function = sql.Identifier("mover", self._of("owned", tie.parent.table))
+        return sql.SQL("{}({}, false)").format(function, _values("o", owning_columns(tie.parent)))
+
+    def _of(self, kind: str, table: TableRef) -> str:
+        """The name of one table's function of that kind."""
+        return f"{kind}_{self._name}_{capture.digest(table)}"
 
     @property
-    def _owned_prefix(self) -> str:
-        return f"owned_{self._name}_"
+    def _view_prefix(self) -> str:
+        return f"owner_{self._name}_"
+
+    async def _tell_of_handing_over(self, conn: Connection, holding: Holding, say: Say) -> None:
+        """A row with the tenant column is handed over when it comes to the tenant. Another may be later, with
+        an owner that those who look now do not lock."""
+        table, whose = holding.table, capture.whose(holding)
+        itself = sql.SQL(" AND ").join(
+            sql.SQL("o.{0} = ($1).{0}").format(sql.Identifier(name)) for name in holding.referenced[0]
+        )
+        given = sql.SQL(", ").join(sql.SQL("($1).{0} AS {0}").format(sql.Identifier(n)) for n in whose)
+        ours = sql.SQL("{} FROM (SELECT {}) AS r").format(is_tenants(holding, "r", self._tenant), given)
+        kinds = ("hold", "ours", "hand_over")
+        names = {f"{kind}_function": sql.Identifier(self._of(kind, table)) for kind in kinds}
+        parts = {"table": named(table), **names}
+        async with conn.transaction():
+            await owner.hold(conn, self._identity)
+            await conn.execute(self._sql("hand_over_function", itself=itself, ours=ours, **parts))
+        arrives = sql.SQL("true") if holding.tenant_column is None else self._conditions(holding)["inserted"]
+        old_values, new_values = (_values(row, whose) for row in ("OLD", "NEW"))
+        statement = self._sql(
+            "hand_over", old_values=old_values, new_values=new_values, arrives=arrives, **parts
+        )
+        await self._under_lock_timeout(conn, statement, table, say)
 
     async def _tell_of_changes(self, conn: Connection, holding: Holding, say: Say) -> None:
         assert holding.tenant_column is not None
@@ -158,6 +259,23 @@ class Guards:
         for query in queries:
             await self._under_lock_timeout(conn, self._sql(query, **parts), table, say)
 
+    async def _capture_moves(
+        self, conn: Connection, holding: Holding, updated: sql.Composable, say: Say
+    ) -> None:
+        table, homing = holding.table, capture.homing_columns(holding)
+        for kind in capture.telling(holding):
+            parts = {
+                "table": named(table),
+                "updated": updated,
+                "old_key": _values("OLD", holding.key),
+                "new_key": _values("NEW", holding.key),
+                "old_values": _values("OLD", homing),
+                "new_values": _values("NEW", homing),
+                f"{kind}_function": self._called(table, kind),
+            }
+            query = sql.SQL(load("capture")[f"capture_{kind}"])
+            await self._under_lock_timeout(conn, query.format(**(self._names | parts)), table, say)
+
     async def _under_lock_timeout(
         self, conn: Connection, statement: sql.Composed, table: TableRef, say: Say
     ) -> None:
@@ -175,11 +293,18 @@ class Guards:
         return f"mover_guard_{self._name}_{kind}"
 
     def _sql(self, query: str, **more: sql.Composable) -> sql.Composed:
-        """A query of fence.sql with this place's names; texts in it are hexadecimal or uuids."""
-        names = {f"{kind}_sequence": sql.SQL(f"{kind}_{self._name}") for kind in ("state", "refused")}
+        """A query of fence.sql with this place's names."""
+        return sql.SQL(load("fence")[query]).format(**(self._names | more))
+
+    @cached_property
+    def _names(self) -> dict[str, sql.Composable]:
+        """Texts in them are hexadecimal or uuids."""
+        names = {
+            f"{kind}_sequence": sql.SQL(f"{kind}_{self._name}") for kind in ("state", "refused", "owners")
+        }
         names |= {
             f"{kind}_function": sql.SQL(f"{kind}_{self._name}")
-            for kind in ("guard", "truncate", "wait", "tell")
+            for kind in ("guard", "ask", "truncate", "wait", "tell")
         }
         triggers = {
             f"{kind}_trigger": sql.Identifier(self._trigger(kind)) for kind in (*_GUARDING, *_TELLING)
@@ -190,14 +315,30 @@ class Guards:
             "tenant": sql.SQL(str(self._tenant)),
             "tenant_value": sql.Literal(str(self._tenant)),
         }
-        return sql.SQL(load("fence")[query]).format(**(names | triggers | constants | more))
+        return {**names, **triggers, **constants}
 
 
-def _telling(holding: Holding) -> tuple[str, ...]:
-    """The triggers that tell of changes of a tenant table's rows to which owned rows refer."""
-    if holding.tenant_column is None or not holding.referenced:
-        return ()
-    return _TELLING if holding.deferred else _TELLING[:1]
+def _aliased(names: Sequence[str]) -> sql.Composed:
+    return sql.SQL(", ").join(
+        sql.SQL("o.{} AS {}").format(sql.Identifier(name), _key(n)) for n, name in enumerate(names, start=1)
+    )
+
+
+def _chosen(tie: Tie, columns: Sequence[str]) -> sql.Composed:
+    """The owner that the function's parameters, which are `columns`, refer to."""
+    return sql.SQL(" AND ").join(
+        sql.SQL("{} = {}").format(_key(n), sql.SQL(f"${columns.index(name) + 1}"))
+        for n, name in enumerate(tie.columns, start=1)
+    )
+
+
+def _refers(tie: Tie, columns: Sequence[str]) -> sql.Composed:
+    """Whether they refer to any at all."""
+    return sql.SQL(" AND ").join(sql.SQL(f"${columns.index(name) + 1} IS NOT NULL") for name in tie.columns)
+
+
+def _key(number: int) -> sql.Identifier:
+    return sql.Identifier(f"key_{number}")
 
 
 def _values(row: str, names: Iterable[str]) -> sql.Composed:

@@ -10,32 +10,14 @@ from mover.core.ids import TableRef, TenantId
 from mover.core.tables import Holding, Tie
 
 
-def is_tenants(holding: Holding, alias: str, tenant: TenantId, *, lock: bool = False) -> sql.Composed:
-    """Whether the row `alias` is the tenant's; the literal takes the tenant column's type.
-
-    With `lock`, the rows that say so are locked against any change, and have to be those that the
-    transaction sees."""
+def is_tenants(holding: Holding, alias: str, tenant: TenantId) -> sql.Composed:
+    """Whether the row `alias` is the tenant's; the literal takes the tenant column's type."""
     if holding.tenant_column is not None:
         column = sql.Identifier(alias, holding.tenant_column)
         return sql.SQL("{} = {}").format(column, sql.Literal(str(tenant)))
     values = {name: sql.Identifier(alias, name) for name in owning_columns(holding)}
-    return is_owned(holding, values, tenant, parent=f"{alias}o", lock=lock)
-
-
-def is_owned(
-    holding: Holding,
-    values: Mapping[str, sql.Composable],
-    tenant: TenantId,
-    *,
-    parent: str = "o",
-    lock: bool = False,
-) -> sql.Composed:
-    """The same of a row that has these values in its owning columns."""
-
-    def condition(tie: Tie) -> sql.Composed:
-        return is_tenants(tie.parent, parent, tenant, lock=lock)
-
-    return _any_owner(holding, values, parent, condition, lock=lock)
+    parent = f"{alias}o"
+    return _any_owner(holding, values, parent, lambda tie: is_tenants(tie.parent, parent, tenant))
 
 
 def is_not_others(holding: Holding, alias: str, tenant: TenantId) -> sql.Composed:
@@ -60,14 +42,9 @@ def _any_owner(
     values: Mapping[str, sql.Composable],
     parent: str,
     condition: Callable[[Tie], sql.Composed],
-    *,
-    lock: bool = False,
 ) -> sql.Composed:
-    """Whether `condition` holds for the row `parent` that one of the foreign keys refers to; with `lock` it
-    is locked whether or not it does."""
-    template = "EXISTS (SELECT FROM {0} AS {1} WHERE {2} AND {3})"
-    if lock:
-        template = "coalesce((SELECT {3} FROM {0} AS {1} WHERE {2} FOR SHARE), false)"
+    """Whether `condition` holds for the row `parent` that one of the foreign keys refers to."""
+    template = "EXISTS (SELECT FROM {} AS {} WHERE {} AND {})"
     parts = []
     for tie in holding.ties:
         joined = sql.SQL(" AND ").join(

@@ -36,6 +36,13 @@ class Layout:
     def key(self, row: Row) -> Key:
         return tuple([_text(row[at]) for at in self.key_at])
 
+    def row_of(self, key: Key) -> Row:
+        """A row of which only the key is known."""
+        row: Row = [None] * len(self.names)
+        for at, value in zip(self.key_at, key, strict=True):
+            row[at] = value.encode()
+        return row
+
     def identifies(self, old: Row) -> bool:
         """Whether an old row holds its key, which never is NULL."""
         return all([old[at] is not None for at in self.key_at])

@@ -31,8 +31,8 @@ _HASHED_TYPES = frozenset(
 class Merge:
     """SQL for one table; `number` names its staging table."""
 
-    def __init__(self, table: MovedTable, number: int, tenant: TenantId) -> None:
-        self.table = table
+    def __init__(self, table: MovedTable, number: int, tenant: TenantId, *, careful: bool = False) -> None:
+        self.table, self._careful = table, careful
         self._target = sql.Identifier(table.target.schema, table.target.name)
         self._stage = sql.Identifier("pg_temp", f"mover_stage_{number}")
         self._operation = sql.Identifier(table.spare("mover_op"))
@@ -189,16 +189,25 @@ class Merge:
         return found
 
     def _update(self, names: Names, key: sql.Composed) -> bytes:
-        make = self._replace_one if self._always_beside_key else self._set_one
+        # Where foreign keys act, the old row must not go, or others would go with it.
+        is_replaced = self._always_beside_key and not self._careful
+        make = self._replace_one if is_replaced else self._set_one
         return make(names, key).as_bytes()
 
     def _set_one(self, names: Names, key: sql.Composed) -> sql.Composed:
+        """A row whose GENERATED ALWAYS identity has another value now is not found."""
         assignments = sql.SQL(", ").join(
             sql.SQL("{} = {}").format(sql.Identifier(name), _parameter(n))
             for n, name in enumerate(names, start=1)
+            if name not in self._is_always
         )
-        return sql.SQL("UPDATE {} AS t SET {} WHERE {} AND {}").format(
-            self._target, assignments, self._known, key
+        kept = [
+            sql.SQL("t.{} = {}").format(sql.Identifier(name), _parameter(n))
+            for n, name in enumerate(names, start=1)
+            if name in self._always_beside_key
+        ]
+        return sql.SQL("UPDATE {} AS t SET {} WHERE {}").format(
+            self._target, assignments, sql.SQL(" AND ").join([self._known, key, *kept])
         )
 
     def _replace_one(self, names: Names, key: sql.Composed) -> sql.Composed:

@@ -3,10 +3,19 @@ have changed."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
-from mover.core.changes import Change, Delete, Insert, OwnerChange, Relation, RowChange, Truncated
+from mover.core.changes import (
+    Change,
+    Delete,
+    Insert,
+    OwnerChange,
+    Relation,
+    RelationColumn,
+    RowChange,
+    Truncated,
+)
 from mover.core.compaction import parts
 from mover.core.copying import CopiedRanges, Key
 from mover.core.errors import ApplyConflict, PlanOutdated, SchemaChanged, TableUnfit, Where
@@ -25,14 +34,17 @@ class MovedTables:
 
     def __init__(self, shape: Shape, tenant: TenantId) -> None:
         self.careful = Side.TARGET in shape.careful
-        self._tenant_text = str(tenant).encode()
+        self.tenant, self._tenant_text = tenant, str(tenant).encode()
         self._schemas = shape.schemas
-        self.merges = {t.source: Merge(t, n, tenant) for n, t in enumerate(shape.tables)}
+        self.merges = {
+            t.source: Merge(t, n, tenant, careful=self.careful) for n, t in enumerate(shape.tables)
+        }
         self._order = {ref: number for number, ref in enumerate(self.merges)}
         self.moves_by_copy = {ref for ref, merge in self.merges.items() if merge.moves_by_copy}
         self.keyless = frozenset(t.source for t in shape.tables if not t.key)
         self.owned = OwnedRows(followed(shape.tables), tenant, self.copied, self.touch)
         self._layouts: dict[int, Layout] = {}
+        self._as_read: dict[TableRef, Relation] = {}
         self._copied: Mapping[TableRef, CopiedRanges] = {}
         self._dirty: dict[TableRef, set[Key]] | None = None
         self._dirty_count = 0
@@ -73,10 +85,14 @@ class MovedTables:
 
     def target_tables(self, changes: Sequence[Change]) -> set[TableRef]:
         """Those that the changes may touch, on the target."""
-        tables = {
+        return self.reached(
             change.table if isinstance(change, (Truncated, OwnerChange)) else change.relation.table
             for change in changes
-        }
+        )
+
+    def reached(self, changed: Iterable[TableRef]) -> set[TableRef]:
+        """Those that changes of these tables may touch, on the target."""
+        tables = set(changed)
         below = {further for table in tables for further in self.owned.below(table)}
         return {self.mapped(table) for table in tables | below}
 
@@ -105,8 +121,20 @@ class MovedTables:
             found = self._layouts[relation.oid] = Layout(relation, merge)
         return found
 
+    def as_read(self, ref: TableRef) -> Relation:
+        """A table as its rows are copied; its number is none that a server gives."""
+        if ref not in self._as_read:
+            table = self.merges[ref].table
+            columns = tuple(RelationColumn(c.name, c.name in table.key, 0, -1) for c in table.copied)
+            self._as_read[ref] = Relation(-1 - self._order[ref], ref, "d", columns)
+        return self._as_read[ref]
+
     def copied(self, table: TableRef) -> CopiedRanges:
         return self._copied.get(table, _NOTHING)
+
+    @property
+    def all_copied(self) -> Mapping[TableRef, CopiedRanges]:
+        return self._copied
 
     def wanted(self, changes: Sequence[RowChange | OwnerChange]) -> list[RowChange | OwnerChange]:
         """The changes of tables of which anything is here yet.

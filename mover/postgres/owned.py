@@ -14,8 +14,10 @@ import psycopg
 from psycopg import sql
 
 from mover.core.copying import CopiedRanges, Key
+from mover.core.copytext import decode_row
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.membership import Questions, Reference, Values, owned_through
+from mover.core.presence import Missing
 from mover.core.tables import Holding, MovedTable
 from mover.ports import ConsistentPoint
 from mover.postgres import holdings, ranges
@@ -36,13 +38,13 @@ class OwnedRows:
     async def known(self, conn: Connection, asked: Questions) -> tuple[dict[TableRef, set[Key]], Values]:
         """Of the keys and values asked for, those that rows of the tenant have."""
         keys = {
-            table: await self._there(
+            table: await self.there(
                 conn, self.tables[table], self.tables[table].key, list(found), holdings.is_not_others
             )
             for table, found in asked.keys.items()
         }
         values = {
-            (table, names): await self._there(
+            (table, names): await self.there(
                 conn, self.tables[table], names, list(found), holdings.is_tenants
             )
             for (table, names), found in asked.values.items()
@@ -65,10 +67,39 @@ class OwnedRows:
 
     async def read_again(self, conn: Connection, point: ConsistentPoint, rehomed: Values) -> None:
         """All that refers to the given rows, and what refers to that: as the point sees it."""
+        removed = await self.remove_below(conn, rehomed)
+        await self.fetch_below(conn, point, rehomed, removed)
+
+    async def remove_below(self, conn: Connection, rehomed: Values) -> Values:
+        """All that refers to the given rows, and what refers to that; to which of these rows was referred."""
         removed: Values = {}
         await self._remove(conn, rehomed, removed)
+        return removed
+
+    async def fetch_below(
+        self, conn: Connection, point: ConsistentPoint, rehomed: Values, removed: Values
+    ) -> None:
+        """The same as the point sees it."""
         for wanted in (rehomed, removed):  # of what was removed, some may be the tenant's by another owner
             await self._fetch(conn, point, wanted)
+
+    async def keys_below(self, conn: Connection, point: ConsistentPoint, rehomed: Values) -> Missing:
+        """The keys of all that refers to the given rows, and what refers to that: here or at the point."""
+        keys: Missing = {}
+        known: Values = {}
+        while rehomed:
+            further: Values = {}
+            for table, names, values in self._there_through(rehomed):
+                rows = await self._found(conn, table, names, values)
+                rows |= await self._found_at(point, table, names, values)
+                keys.setdefault(table.source, set()).update(_keys(table, rows))
+                for reference, found in _referenced(table, rows).items():
+                    further.setdefault(reference, set()).update(found)
+            for reference, values in rehomed.items():
+                known.setdefault(reference, set()).update(values)
+            new = {reference: found - known.get(reference, set()) for reference, found in further.items()}
+            rehomed = {reference: found for reference, found in new.items() if found}
+        return keys
 
     async def left_behind(self, conn: Connection, left: Values) -> Values:
         """Those of the values to which rows refer that went with a row of the tenant, which may be another
@@ -93,7 +124,9 @@ class OwnedRows:
 
     async def _fetch(self, conn: Connection, point: ConsistentPoint, rehomed: Values) -> None:
         for table, names, values in self._there_through(rehomed):
-            await self.remove(conn, table, names, values)  # what came by another of its owners
+            came = await self._found(conn, table, names, values)  # by another of its owners
+            await self._remove(conn, _referenced(table, came), {})
+            await self.remove(conn, table, names, values)
             await self.fetch(conn, point, table, names, values)
             rows = await self._found(conn, table, names, values)
             self.touch(table.source, _keys(table, rows))
@@ -129,7 +162,7 @@ class OwnedRows:
         """The tenant's rows that have these values."""
         await self._each(conn, _DELETE, table, names, values)
 
-    async def _there(
+    async def there(
         self,
         conn: Connection,
         table: MovedTable,
@@ -137,7 +170,7 @@ class OwnedRows:
         values: list[Key],
         condition: Callable[[Holding, str, TenantId], sql.Composed],
     ) -> set[Key]:
-        """A row's owner may have gone earlier in the transaction: the row is the tenant's all the same."""
+        """Those of `values` that rows which meet the condition have in the columns `names`."""
         columns = table.named(names)
         statement = sql.SQL(
             "SELECT {n} FROM (SELECT n AS {n}, {} FROM {}) AS s JOIN {} AS t ON ({}) = ({}) WHERE {}"
@@ -160,6 +193,21 @@ class OwnedRows:
         """The keys of rows that have these values, each with the values by which others refer to it."""
         return set(await self._each(conn, _FIND, table, names, values))
 
+    async def _found_at(
+        self, point: ConsistentPoint, table: MovedTable, names: Sequence[str], values: Collection[Key]
+    ) -> set[Key]:
+        """The same of the rows that the point sees."""
+        places = {column.name: at for at, column in enumerate(table.copied)}
+        shown = [places[name] for name in table.shown]
+        found: set[Key] = set()
+        copied = self.copied(table.source)
+        async for block in point.rows(table, self.tenant, names, values, copied):
+            for line in block.splitlines():  # a row is never cut
+                row = decode_row(line)
+                values_shown = [row[at] for at in shown]  # never NULL
+                found.add(tuple(value.decode() for value in values_shown if isinstance(value, bytes)))
+        return found
+
     async def _each(
         self,
         conn: Connection,
@@ -169,11 +217,12 @@ class OwnedRows:
         values: Collection[Key],
     ) -> list[Key]:
         ordered, found = sorted(values), list[Key]()
-        shown = (*table.key, *(name for referenced in table.referenced for name in referenced))
         parts = {
             "table": holdings.named(table.target),
             "tenants": holdings.is_not_others(table.holding(Side.TARGET), "t", self.tenant),
-            "shown": sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier("t", n)) for n in shown),
+            "shown": sql.SQL(", ").join(
+                sql.SQL("{}::text").format(sql.Identifier("t", n)) for n in table.shown
+            ),
         }
         for start in range(0, len(ordered), VALUES_PER_QUERY):
             some = ordered[start : start + VALUES_PER_QUERY]

@@ -31,7 +31,6 @@ class Point:
 
     snapshot: Snapshot
     snapshot_id: str
-    mark: str
     label: str
     conn: Connection = field(repr=False)  # holds the snapshot
 
@@ -75,17 +74,10 @@ class Points:
 
     @asynccontextmanager
     async def consistent_point(self) -> AsyncIterator[Point]:
-        """An ordinary snapshot, exported for the workers; then a mark behind all that it sees.
-
-        A transaction is visible only after its commit record is in the WAL, so everything that the
-        snapshot sees stands before the mark."""
+        """An ordinary snapshot, exported for the workers."""
         async with self._database.connect("point") as conn, conn.transaction():
-            await conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-            cursor = await conn.execute("SELECT pg_current_snapshot()::text, pg_export_snapshot()")
-            row = await cursor.fetchone()
-            assert row is not None
-            snapshot = Snapshot.parse(row[0])
-            yield Point(snapshot, row[1], await self.mark(), self._database.label, conn)
+            snapshot, snapshot_id = await take_snapshot(conn)
+            yield Point(snapshot, snapshot_id, self._database.label, conn)
 
     async def mark(self) -> str:
         token = uuid4().hex
@@ -103,3 +95,11 @@ class Points:
             row = await cursor.fetchone()
         assert row is not None
         return Lsn.parse(row[0])
+
+
+async def take_snapshot(conn: Connection) -> tuple[Snapshot, str]:
+    """That of the transaction which has just begun, and its name for other sessions."""
+    await conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+    row = await (await conn.execute("SELECT pg_current_snapshot()::text, pg_export_snapshot()")).fetchone()
+    assert row is not None
+    return Snapshot.parse(row[0]), row[1]

@@ -125,11 +125,12 @@ async def drop_slot(database: Database, migration: MigrationId) -> None:
     raise LockNotAvailable(f"{database.label}: slot {name} stays in use")
 
 
-async def retained_bytes(database: Database, migration: MigrationId) -> tuple[int, str] | None:
-    """WAL that the slot keeps on the source, and its `wal_status`; None when it is gone."""
-    async with database.borrow("slot") as conn:
-        row = await (await conn.execute(_RETAINED, (name_of(migration),))).fetchone()
-        return None if row is None else (int(row[0] or 0), str(row[1]))
+async def retained_bytes(
+    conn: psycopg.AsyncConnection[tuple[object, ...]], migration: MigrationId
+) -> tuple[int, str] | None:
+    """WAL that the slot keeps on the source, and its `wal_status`; None when there is no slot."""
+    row = await (await conn.execute(_RETAINED, (name_of(migration),))).fetchone()
+    return None if row is None else (int(str(row[0] or 0)), str(row[1]))
 
 
 def _waiting(say: Say) -> Callable[[int], Awaitable[None]]:

@@ -14,6 +14,7 @@ parents come first and go last, and what is DEFERRABLE is checked when a transac
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, LiteralString
 
 import psycopg
@@ -88,6 +89,58 @@ class Forces:
 
 
 _DEFERRED, _IMMEDIATE = "SET CONSTRAINTS ALL DEFERRED", "SET CONSTRAINTS ALL IMMEDIATE"
+
+
+@dataclass(frozen=True, slots=True)
+class ActingKey:
+    """A foreign key that acts on the rows of `child` when what they refer to goes."""
+
+    child: TableRef
+    columns: Sequence[str]
+    referenced: Sequence[str]
+
+
+async def acting_keys(conn: Connection, table: TableRef) -> list[ActingKey]:
+    rows = await (await conn.execute(load("roles")["acting_keys"], _names([table]))).fetchall()
+    return [
+        ActingKey(TableRef(schema, name), columns, referenced) for schema, name, referenced, columns in rows
+    ]
+
+
+async def acted_upon(
+    conn: Connection,
+    table: TableRef,
+    keys: Sequence[ActingKey],
+    chosen: sql.Composable,
+    spared: Mapping[TableRef, sql.Composable],
+) -> bool:
+    """Whether one of the foreign keys would act on other rows, but those `spared` of their tables (`c`), if
+    the `chosen` ones of `table` (`t`) went."""
+    if not keys:
+        return False
+    acting = [
+        sql.SQL("EXISTS (SELECT FROM {} AS c JOIN {} AS t ON {} WHERE {} AND NOT ({}))").format(
+            sql.Identifier(key.child.schema, key.child.name),
+            sql.Identifier(table.schema, table.name),
+            sql.SQL(" AND ").join(
+                sql.SQL("{} = {}").format(sql.Identifier("c", mine), sql.Identifier("t", theirs))
+                for mine, theirs in zip(key.columns, key.referenced, strict=True)
+            ),
+            chosen,
+            spared.get(key.child, sql.SQL("false")),
+        )
+        for key in keys
+    ]
+    row = await (await conn.execute(sql.SQL("SELECT {}").format(sql.SQL(" OR ").join(acting)))).fetchone()
+    return bool(row and row[0])
+
+
+async def unique_columns(conn: Connection, table: TableRef) -> list[list[str]]:
+    """Of each unique index of the table."""
+    return [
+        row[0]
+        for row in await (await conn.execute(load("roles")["unique_columns"], _names([table]))).fetchall()
+    ]
 
 
 async def refers_to_itself(conn: Connection, table: TableRef) -> bool:

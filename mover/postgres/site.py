@@ -11,15 +11,16 @@ from mover.core.alignment import Difference, check_keys, judge_differences, oper
 from mover.core.crash import reach
 from mover.core.errors import DanglingReferences, NotReady, PlanOutdated, TableUnfit, Unreachable, Where
 from mover.core.facts import Facts, ForeignKey, Tenancy
-from mover.core.ids import Side, TableRef, TenantId
+from mover.core.ids import Capture, Side, TableRef, TenantId
 from mover.core.migration import Place
 from mover.core.ownership import holdings_in
 from mover.core.tables import Holding, MovedTable, Plan, Shape
 from mover.engine.preflight import judge, judge_again, judge_references
-from mover.engine.site import Aligned, Link, Say
-from mover.postgres import agent, align, catalog, clone, identity, publication, remarks
+from mover.engine.site import Aligned, Kept, Link, Say, Stream
+from mover.postgres import agent, align, capture, catalog, clone, identity, publication, remarks
 from mover.postgres.align import Look
 from mover.postgres.bulk import BulkCopier
+from mover.postgres.change_log import PgChangeLog
 from mover.postgres.connect import Database, Identity
 from mover.postgres.digests import open_readers
 from mover.postgres.facts import gather, gather_references
@@ -41,7 +42,8 @@ KEPT_CONNECTIONS = 2
 @dataclass
 class PgSite:
     """`budget_s` bounds how long a frozen daemon can hold the tenant's writers; up to `kept` connections of
-    each side stay open between two questions, until `rest`."""
+    each side stay open between two questions, until `rest`. `capture`: how an operator wants changes to be
+    followed, if he says so."""
 
     tenant: TenantId
     identity: Identity
@@ -52,6 +54,7 @@ class PgSite:
     connections: int
     budget_s: float
     kept: int = 0
+    capture: Capture | None = None
     source: Database = field(init=False)
     target: Database = field(init=False)
     source_fence: PgFence = field(init=False)
@@ -77,7 +80,13 @@ class PgSite:
     async def preflight(self) -> Plan:
         try:
             facts = await gather(
-                self.source, self.target, self.source_place, self.target_place, self.tenancy, self.tenant
+                self.source,
+                self.target,
+                self.source_place,
+                self.target_place,
+                self.tenancy,
+                self.tenant,
+                self.capture,
             )
         except Unreachable as error:
             raise NotReady(error.message, error.where, error.hint) from error
@@ -185,13 +194,16 @@ class PgSite:
             await clone.build_rest(self.target, ddl, workers=self.workers)
 
     async def identify_rows(self, shape: Shape, say: Say) -> None:
+        if shape.capture is Capture.TRIGGER:
+            return  # the triggers know what they write down
         needs = [IdentityNeed(t.source, t.identity, t.key) for t in shape.tables]
         await identity.ensure_identities(self.source, self.identity.migration, needs, say)
 
     async def guard(self, shape: Shape, say: Say) -> None:
         await self.target_fence.install(_holdings(shape, Side.TARGET), "closed", say)
         reach("guards.target")
-        await self.source_fence.install(_holdings(shape, Side.SOURCE), "open", say)
+        captures = shape.capture is Capture.TRIGGER
+        await self.source_fence.install(_holdings(shape, Side.SOURCE), "open", say, captures=captures)
 
     async def reserve_sequences(self, shape: Shape) -> None:
         async with self.sequences(shape) as sequences:
@@ -199,6 +211,8 @@ class PgSite:
 
     async def publish(self, shape: Shape, say: Say) -> None:
         migration = self.identity.migration
+        if shape.capture is Capture.TRIGGER:
+            return  # the guards write it down
         await publication.create_publication(self.source, migration, shape.tables, self.tenant, say)
         reach("stream.published")
         start = await publication.create_slot(self.source, migration, say)
@@ -210,13 +224,11 @@ class PgSite:
 
     @asynccontextmanager
     async def link(self, shape: Shape) -> AsyncIterator[Link]:
-        name = publication.name_of(self.identity.migration)
         async with AsyncExitStack() as stack:
             points = await stack.enter_async_context(Points.open(self.source))
             writer = Writer.open(self.target, shape, self.tenant, self.identity)
             yield Link(
-                stream=WalStream(self.source, name, name),
-                source=points,
+                changes=await stack.enter_async_context(self._changes(shape, points)),
                 target=await stack.enter_async_context(writer),
                 copier=BulkCopier(self.source, self.target, shape, self.tenant, self.identity),
                 source_readers=await stack.enter_async_context(open_readers(self.source, Side.SOURCE)),
@@ -226,10 +238,24 @@ class PgSite:
                 ),
             )
 
-    async def slot_health(self) -> tuple[int, str] | None:
-        return await publication.retained_bytes(self.source, self.identity.migration)
+    @asynccontextmanager
+    async def _changes(self, shape: Shape, points: Points) -> AsyncIterator[Stream | PgChangeLog]:
+        if shape.capture is Capture.TRIGGER:
+            async with PgChangeLog.open(self.source, points, shape, self.tenant, self.identity) as log:
+                yield log
+        else:
+            name = publication.name_of(self.identity.migration)
+            yield Stream(WalStream(self.source, name, name), points)
 
-    async def stop_stream(self, say: Say) -> None:
+    async def kept_for_us(self) -> Kept:
+        migration = self.identity.migration
+        async with self.source.borrow("kept") as conn:
+            slot = await publication.retained_bytes(conn, migration)
+            return Kept(*(slot or (0, "")), log_bytes=await capture.log_bytes(conn, migration))
+
+    async def stop_stream(self, shape: Shape, say: Say) -> None:
+        if shape.capture is Capture.TRIGGER:
+            return await self.source_fence.stop_capturing()
         await publication.drop_slot(self.source, self.identity.migration)
         await publication.drop_publication(self.source, self.identity.migration, say)
 
@@ -247,9 +273,8 @@ class PgSite:
     async def unguard_source(self, shape: Shape, say: Say) -> None:
         await self.source_fence.remove(say)
 
-    async def unguard_owned(self, shape: Shape, say: Say) -> None:
-        if any(table.owners for table in shape.tables):
-            await self.source_fence.unguard_owned(_holdings(shape, Side.SOURCE), say)
+    async def keep_tombstone(self, shape: Shape, say: Say) -> None:
+        await self.source_fence.keep_tombstone(_holdings(shape, Side.SOURCE), say)
 
     async def unguard_target(self, shape: Shape, say: Say) -> None:
         await self.target_fence.remove(say)

@@ -19,10 +19,11 @@ from mover.core.ids import Lsn, Side, TableRef, TenantId
 from mover.core.snapshot import Snapshot
 from mover.core.tables import Shape
 from mover.postgres import owner, roles
-from mover.postgres.apply import Transaction
+from mover.postgres.checked import Checked
 from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
 from mover.postgres.moved import MovedTables
+from mover.postgres.settle import Settling
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
@@ -55,15 +56,17 @@ class Writer:
             yield writer
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Transaction]:
+    async def transaction(self) -> AsyncIterator[Settling]:
         async with AsyncExitStack() as stack:
             stack.enter_context(translate(self._database.label))
             await stack.enter_async_context(self._conn.transaction())
             await owner.hold(self._conn, self._identity)
-            forces = roles.Forces(self._conn, own_target=self._own_target) if self._tables.careful else None
-            yield Transaction(self._tables, self._conn, self._identity, forces)
-            if forces is not None:
-                await forces.put_back()
+            if not self._tables.careful:
+                yield Settling(self._tables, self._conn, self._identity)
+                return
+            forces = roles.Forces(self._conn, own_target=self._own_target)
+            yield Checked(self._tables, self._conn, self._identity, forces)
+            await forces.put_back()
 
     async def progress(self) -> tuple[Lsn, Snapshot | None]:
         with translate(self._database.label):

@@ -9,6 +9,8 @@
 -- Makes the guard functions; may be repeated. Locks nothing of the application's.
 CREATE SEQUENCE IF NOT EXISTS mover.{state_sequence} MINVALUE 1 MAXVALUE 4 NO CYCLE;
 CREATE SEQUENCE IF NOT EXISTS mover.{refused_sequence};
+-- 1: no owner of rows has come from another tenant; 2: one has, or is about to.
+CREATE SEQUENCE IF NOT EXISTS mover.{owners_sequence} MINVALUE 1 MAXVALUE 2 NO CYCLE;
 
 CREATE OR REPLACE FUNCTION mover.{wait_function}() RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = {wait_ms}
@@ -21,22 +23,21 @@ EXCEPTION WHEN lock_not_available THEN
 END
 $wait$;
 
-CREATE OR REPLACE FUNCTION mover.{guard_function}() RETURNS trigger
+-- The slow way of a writer: returns when the fence is open.
+CREATE OR REPLACE FUNCTION mover.{ask_function}() RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-AS $guard$
+AS $ask$
 DECLARE
     state bigint;
-    deadline timestamptz;
+    deadline timestamptz := clock_timestamp() + interval '1 ms' * {wait_ms};
 BEGIN
-    -- The quick way needs no subtransaction; it fails when the fence is being closed or is held.
     IF NOT pg_try_advisory_xact_lock_shared({key}) THEN
-        deadline := clock_timestamp() + interval '1 ms' * {wait_ms};
         PERFORM mover.{wait_function}();
     END IF;
     LOOP
         SELECT last_value INTO state FROM mover.{state_sequence};
         IF state = 1 THEN
-            RETURN NULL;
+            RETURN;
         END IF;
         IF state = 4 THEN
             PERFORM nextval('mover.{refused_sequence}');
@@ -44,7 +45,6 @@ BEGIN
                 HINT = 'Reload the tenant''s route and retry there.';
         END IF;
         -- Closed without a living owner, who would hold the lock: somebody takes over soon.
-        deadline := coalesce(deadline, clock_timestamp() + interval '1 ms' * {wait_ms});
         IF clock_timestamp() > deadline THEN
             RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'tenant {tenant} is being moved',
                 HINT = 'Retry the transaction.';
@@ -52,17 +52,34 @@ BEGIN
         PERFORM pg_sleep(0.02);
     END LOOP;
 END
+$ask$;
+
+CREATE OR REPLACE FUNCTION mover.{guard_function}() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $guard$
+DECLARE
+    state bigint;
+BEGIN
+    -- The quick way needs no subtransaction; it fails when the fence is being closed or is held.
+    IF pg_try_advisory_xact_lock_shared({key}) THEN
+        SELECT last_value INTO state FROM mover.{state_sequence};
+    END IF;
+    IF state IS DISTINCT FROM 1 THEN
+        PERFORM mover.{ask_function}();
+    END IF;
+    RETURN NULL;
+END
 $guard$;
 
--- A statement trigger knows no tenant: it tells the stream that the table was emptied, and fails while
--- the fence is closed rather than making every tenant wait.
+-- name: truncate_function
+-- A statement trigger knows no tenant: it tells that the table was emptied, and fails while the fence is
+-- closed rather than making every tenant wait. Repeatable; locks nothing of the application's.
 CREATE OR REPLACE FUNCTION mover.{truncate_function}() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $truncate$
 DECLARE
     state bigint;
-    root regclass := pg_partition_root(TG_RELID);
-    truncated jsonb := jsonb_build_array(TG_TABLE_SCHEMA, TG_TABLE_NAME);
+    root regclass := coalesce(pg_partition_root(TG_RELID), TG_RELID);
 BEGIN
     IF NOT pg_try_advisory_xact_lock_shared({key}) THEN
         RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'tenant {tenant} is being moved',
@@ -70,19 +87,16 @@ BEGIN
     END IF;
     SELECT last_value INTO state FROM mover.{state_sequence};
     IF state = 1 THEN
-        IF root <> TG_RELID THEN  -- the table first, then which of its partitions
-            SELECT jsonb_build_array(n.nspname, c.relname) || truncated INTO truncated
-              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = root;
-        END IF;
-        PERFORM pg_logical_emit_message(true, 'mover.truncate', truncated::text);
+        {told};
     ELSIF state <> 4 THEN
         RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'tenant {tenant} is being moved',
             HINT = 'Retry the transaction.';
     END IF;
     RETURN NULL;
 END
-$truncate$;
+$truncate$
 
+-- name: tell_function
 -- A row to which owned rows refer changed its tenant: theirs come or go with it, without a change of their
 -- own. Or another tenant's gave its values up, which the next row may take while rows still refer to them.
 -- The arguments are the message's prefix and the numbers of the columns referred to, which outlive a new
@@ -110,28 +124,118 @@ BEGIN
         jsonb_build_array(TG_TABLE_SCHEMA, TG_TABLE_NAME, was, is_now)::text);
     RETURN NULL;
 END
-$tell$;
+$tell$
+
+-- name: truncate_in_stream
+-- The table first, then which of its partitions it was.
+PERFORM pg_logical_emit_message(true, 'mover.truncate', (
+    SELECT jsonb_build_array(n.nspname, c.relname) || CASE WHEN root <> TG_RELID
+           THEN jsonb_build_array(TG_TABLE_SCHEMA, TG_TABLE_NAME) ELSE '[]' END
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = root)::text)
+
+-- name: owner_view
+-- The rows that one foreign key of an owned table refers to, and whether each is the tenant's. Depends on the
+-- columns, not on their names: the functions that read it stay right when somebody renames one. Repeatable.
+CREATE OR REPLACE VIEW mover.{owner_view} AS SELECT {referenced}, {ours} AS ours FROM {table} AS o
 
 -- name: owned_function
--- Whether a row with these values is the tenant's: looked up in the rows that it refers to, as they are now,
--- which is why it is VOLATILE. They are locked FOR SHARE until the writer's transaction ends, so that none
--- changes its tenant or parent under it; where the transaction sees older rows, and one has changed since, it
--- fails rather than being fooled. Depends on the columns, not on their names.
+-- Whether a row with these values is the tenant's: looked up in the rows that it refers to, as they are now.
+-- Nobody may be fooled about that until its transaction ends, and others should not be in each other's way
+-- for it. An owner is locked FOR KEY SHARE, as an insertion's foreign key does, so that it can neither go nor
+-- give its key to another; what changes whose it is waits for those locks (hand_over_function).
+-- An owner that somebody else holds is not waited for: the row may become the tenant's, and is treated so
+-- while writers may come to the fence; under a closed one it is waited for, and not asked about behind one
+-- that the tenant has left. The same of a new row (`coming`) whose owner is still to be made.
+-- A transaction that sees older rows could read an owner as it was: once any has come to the tenant, or where
+-- it is older than the trigger that tells so, owners are locked FOR SHARE, which fails where one has changed
+-- since. Asked in this order: an owner that comes afterwards waits for the first lock.
+-- plpgsql keeps the plans, which are most of the cost.
 -- A trigger's condition is evaluated with the rights of whoever writes, and defaults may leave out PUBLIC.
-CREATE OR REPLACE FUNCTION mover.{owned_function}({parameters}) RETURNS boolean
+CREATE OR REPLACE FUNCTION mover.{owned_function}({parameters}, coming boolean) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $owned$
+DECLARE
+    is_ours boolean;
+    owners bigint;
+    state bigint;
+BEGIN
+    {ties}
+    RETURN false;
+END
+$owned$;
+GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}, boolean) TO PUBLIC
+
+-- name: owned_by
+-- One foreign key, in the function above.
+    SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen} FOR KEY SHARE SKIP LOCKED;
+    IF is_ours THEN
+        RETURN true;
+    END IF;
+    SELECT last_value INTO owners FROM mover.{owners_sequence};
+    IF owners = 2 OR current_setting('transaction_isolation') <> 'read committed' AND NOT EXISTS (
+        SELECT FROM pg_trigger WHERE tgrelid = {owner_oid} AND tgname = {hand_over_name})
+    THEN
+        SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen} FOR SHARE;
+    ELSIF is_ours IS NULL THEN
+        SELECT last_value INTO state FROM mover.{state_sequence};
+        IF state IN (1, 4) THEN
+            SELECT ours OR state = 1 INTO is_ours FROM mover.{owner_view} WHERE {chosen};
+        ELSE
+            SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen} FOR KEY SHARE;
+        END IF;
+    END IF;
+    IF is_ours IS NULL AND coming AND {refers} THEN
+        SELECT last_value = 1 INTO is_ours FROM mover.{state_sequence};
+    END IF;
+    IF is_ours THEN
+        RETURN true;
+    END IF;
+
+-- name: hand_over_function
+-- A row comes to the tenant, and with it those that refer to it; or it may do so later with another owner.
+-- Whoever writes to those that refer to it may have looked it up when it was not the tenant's, and is waited
+-- for: the row is locked against their locks. Depends on the columns, not on their names. Locks nothing of
+-- the application's when made; repeatable.
+CREATE OR REPLACE FUNCTION mover.{hold_function}({table}) RETURNS void
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT {owned};
+    SELECT FROM {table} AS o WHERE {itself} FOR UPDATE;
 END;
-GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}) TO PUBLIC
+CREATE OR REPLACE FUNCTION mover.{ours_function}({table}) RETURNS boolean
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT {ours};
+END;
+CREATE OR REPLACE FUNCTION mover.{hand_over_function}() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $hand_over$
+BEGIN
+    IF mover.{ours_function}(NEW) AND NOT mover.{ours_function}(OLD)
+       AND (SELECT last_value FROM mover.{owners_sequence}) = 1
+    THEN
+        PERFORM setval('mover.{owners_sequence}', 2);
+    END IF;
+    PERFORM mover.{hold_function}(NEW);
+    RETURN NULL;
+END
+$hand_over$
 
--- name: owned_functions
--- The functions of this place that look owners up.
+-- name: functions
+-- Those of this place whose names begin so. Reads only.
 SELECT p.oid::regprocedure::text FROM pg_proc p
  WHERE p.pronamespace = 'mover'::regnamespace AND starts_with(p.proname, %(prefix)s)
 
--- name: drop_owned_function
--- After the triggers that call it; repeatable.
+-- name: views
+-- Those of this place. Reads only.
+SELECT relname FROM pg_class
+ WHERE relnamespace = 'mover'::regnamespace AND relkind = 'v' AND starts_with(relname, %(prefix)s)
+
+-- name: drop_view
+-- After whatever reads it; repeatable.
+DROP VIEW IF EXISTS mover.{view}
+
+-- name: drop_function
+-- After whatever calls it; repeatable.
 DROP FUNCTION IF EXISTS {function}
 
 -- name: guard_table
@@ -142,19 +246,27 @@ DROP FUNCTION IF EXISTS {function}
 -- A partitioned table's row triggers stand on its partitions as well, those that come later included.
 CREATE OR REPLACE TRIGGER {insert_trigger} AFTER INSERT ON {table} FOR EACH ROW
     WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value} AND {inserted})
-    EXECUTE FUNCTION mover.{guard_function}();
+    EXECUTE FUNCTION mover.{insert_function}();
 CREATE OR REPLACE TRIGGER {update_trigger} AFTER UPDATE ON {table} FOR EACH ROW
     WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value} AND {updated})
-    EXECUTE FUNCTION mover.{guard_function}();
+    EXECUTE FUNCTION mover.{update_function}();
 CREATE OR REPLACE TRIGGER {delete_trigger} AFTER DELETE ON {table} FOR EACH ROW
     WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value} AND {deleted})
-    EXECUTE FUNCTION mover.{guard_function}();
+    EXECUTE FUNCTION mover.{delete_function}();
 CREATE OR REPLACE TRIGGER {truncate_trigger} AFTER TRUNCATE ON {table} FOR EACH STATEMENT
     EXECUTE FUNCTION mover.{truncate_function}();
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {insert_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {update_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {delete_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {truncate_trigger};
+
+-- name: hand_over
+-- On a table to which owned rows refer. Locks as above; repeatable.
+CREATE OR REPLACE TRIGGER {hand_over_trigger} AFTER UPDATE ON {table} FOR EACH ROW
+    WHEN (ROW({old_values}) IS DISTINCT FROM ROW({new_values}) AND {arrives}
+          AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value})
+    EXECUTE FUNCTION mover.{hand_over_function}();
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {hand_over_trigger}
 
 -- name: tell_of_rehoming
 -- On a table to which owned rows refer. Locks as above; repeatable.
@@ -201,7 +313,8 @@ SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.rel
 
 -- name: guarded
 -- The tables that carry triggers of this place, a partitioned one before its partitions: whether all that
--- guard are there and always fire, on each of its partitions, too; and how many that tell of changes do.
+-- guard are there and always fire, on each of its partitions, too; how many that tell of changes do; and
+-- whether they write down what they let pass.
 -- Reads only; locks none of them.
 WITH parts AS (
     SELECT c.oid, coalesce(pg_partition_root(c.oid), c.oid) AS root
@@ -209,13 +322,14 @@ WITH parts AS (
 ), found AS (
     SELECT t.tgrelid, count(*) FILTER (WHERE t.tgname = ANY (%(guarding)s) AND t.tgenabled = 'A') = 4 AS whole,
            count(*) FILTER (WHERE t.tgname = ANY (%(telling)s) AND t.tgenabled = 'A') AS telling,
-           bool_or(t.tgparentid = 0) AS made
-      FROM pg_trigger t WHERE t.tgname = ANY (%(guarding)s::name[] || %(telling)s::name[]) GROUP BY t.tgrelid
+           bool_or(t.tgparentid = 0) AS made, bool_or(starts_with(p.proname, 'capture_')) AS captures
+      FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+     WHERE t.tgname = ANY (%(guarding)s::name[] || %(telling)s::name[]) GROUP BY t.tgrelid
 )
 SELECT n.nspname, c.relname,
        (SELECT coalesce(bool_and(coalesce(f.whole, false)), false)
           FROM parts p LEFT JOIN found f ON f.tgrelid = p.oid WHERE p.root = c.oid),
-       m.telling
+       m.telling, m.captures
   FROM found m
   JOIN pg_class c ON c.oid = m.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE m.made
@@ -230,21 +344,24 @@ DROP TRIGGER IF EXISTS {truncate_trigger} ON {table};
 DROP TRIGGER IF EXISTS {rehome_trigger} ON {table};
 DROP TRIGGER IF EXISTS {rekey_trigger} ON {table};
 DROP TRIGGER IF EXISTS {vacate_trigger} ON {table};
+DROP TRIGGER IF EXISTS {hand_over_trigger} ON {table};
 
 -- name: stop_telling
 -- Locks as above; repeatable.
 DROP TRIGGER IF EXISTS {rehome_trigger} ON {table};
 DROP TRIGGER IF EXISTS {rekey_trigger} ON {table};
 DROP TRIGGER IF EXISTS {vacate_trigger} ON {table};
+DROP TRIGGER IF EXISTS {hand_over_trigger} ON {table};
 
 -- name: uninstall
 -- After the last trigger; repeatable.
 DROP FUNCTION IF EXISTS mover.{guard_function}();
+DROP FUNCTION IF EXISTS mover.{ask_function}();
 DROP FUNCTION IF EXISTS mover.{truncate_function}();
-DROP FUNCTION IF EXISTS mover.{tell_function}();
 DROP FUNCTION IF EXISTS mover.{wait_function}();
 DROP SEQUENCE IF EXISTS mover.{state_sequence};
 DROP SEQUENCE IF EXISTS mover.{refused_sequence};
+DROP SEQUENCE IF EXISTS mover.{owners_sequence};
 
 -- name: record
 -- Under the owner's row. The place's row, in the state that this migration begins with; taken over from

@@ -73,6 +73,7 @@ def progress_view(migration: Migration, progress: Progress, steps: Sequence[Step
         "etaSeconds": progress.eta_seconds,
         "pauseMs": progress.pause_ms,
         "waitingFor": progress.waiting_for,
+        "capture": progress.capture,
         "error": migration.error,
     }
 

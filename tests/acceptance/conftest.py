@@ -12,6 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from mover.core.ids import Capture
 from mover.core.secret import Secret
 from mover.demo.seed import Tenant, demo_tenants, prepare_database, seed_organizations, seed_services
 from mover.demo.servers import Cluster, PostgresServer, RedisServer
@@ -88,6 +89,7 @@ def make_scene(
         rows: int = ROWS,
         first_key: int = NEIGHBOURS_FIRST_KEY,
         platform: Cluster | None = None,
+        capture: Capture = Capture.WAL,
     ) -> Scene:
         tenants = core_tenants(rows)
         core = Home(
@@ -101,7 +103,7 @@ def make_scene(
             of_platform, clone(of_platform, f"platform_{rows}", lambda url: seed_platform(url, tenants)), ""
         )
         homes = {CORE: core, ESTATE: Home(target, estate, ESTATE)}
-        scenes.append(Scene(tmp_path, store, homes, tenants, redis_server.url))
+        scenes.append(Scene(tmp_path, store, homes, tenants, redis_server.url, capture))
         return scenes[-1]
 
     scenes: list[Scene] = []

@@ -7,6 +7,7 @@ import json
 import pytest
 import redis
 
+from mover.core.ids import Capture
 from mover.demo.schema import schemas
 from tests.acceptance.conftest import neighbours
 from tests.support.acceptance import CORE, ESTATE, Home, clean, holding_off, killed
@@ -18,19 +19,27 @@ def servers(request):
     return tuple(request.getfixturevalue(name) for name in request.param)
 
 
-VERSIONS = ("pg15", "pg16", "pg18")
-
-
-@pytest.fixture(
-    params=[(one, other) for one in VERSIONS for other in VERSIONS if one != other],
-    ids=lambda names: "-to-".join(names),
+# Each version to each other, from each source and to each target by both captures: what a capture does there
+# does not depend on the version of the other side.
+DIRECTIONS = (
+    ("pg15", "pg16", Capture.WAL),
+    ("pg15", "pg18", Capture.TRIGGER),
+    ("pg16", "pg15", Capture.TRIGGER),
+    ("pg16", "pg18", Capture.WAL),
+    ("pg18", "pg15", Capture.WAL),
+    ("pg18", "pg16", Capture.TRIGGER),
 )
+
+
+@pytest.fixture(params=DIRECTIONS, ids=lambda params: "{}-to-{}-{}".format(*params))
 def every_direction(request):
-    return tuple(request.getfixturevalue(name) for name in request.param)
+    source, target, capture = request.param
+    return request.getfixturevalue(source), request.getfixturevalue(target), capture
 
 
 async def test_into_an_empty_database(every_direction, make_scene):
-    scene = make_scene(*every_direction)
+    source, target, capture = every_direction
+    scene = make_scene(source, target, capture=capture)
     other = scene.tenants[1].id
     watch = scene.watch(writers=[other])
     with redis.Redis.from_url(scene.redis_url) as cache:
@@ -46,8 +55,8 @@ async def test_into_an_empty_database(every_direction, make_scene):
     assert evidence["source_root"] == evidence["target_root"]
 
 
-async def test_into_a_database_with_other_tenants_that_write_too(servers, make_scene):
-    scene = make_scene(*servers, shared=True)
+async def test_into_a_database_with_other_tenants_that_write_too(servers, make_scene, capture):
+    scene = make_scene(*servers, shared=True, capture=capture)
     others = [scene.tenants[1].id, neighbours()[0].id, neighbours()[1].id]
     watch = scene.watch(writers=others)
     async with scene.daemon() as stage:
@@ -76,8 +85,8 @@ async def test_other_tenants_of_the_target_never_meet_the_values_that_the_tenant
     watch.check_completed()
 
 
-async def test_to_other_schemas_of_the_same_database(pg16, pg18, make_scene):
-    scene = make_scene(pg16, pg18)
+async def test_to_other_schemas_of_the_same_database(pg16, pg18, make_scene, capture):
+    scene = make_scene(pg16, pg18, capture=capture)
     core = scene.homes[CORE]
     watch = scene.watch(target=Home(core.server, core.url, ESTATE, "schema"))
     async with scene.daemon() as stage:
@@ -105,9 +114,9 @@ async def test_to_a_database_of_its_own_and_back(pg16, pg18, make_scene):
             watch.check_completed()
 
 
-async def test_there_and_back_and_there_again(pg16, pg18, make_scene):
+async def test_there_and_back_and_there_again(pg16, pg18, make_scene, capture):
     """The tombstone of a departure is not in the way of a return."""
-    scene = make_scene(pg16, pg18)
+    scene = make_scene(pg16, pg18, capture=capture)
     async with scene.daemon() as stage:
         for source, target in ((CORE, ESTATE), (ESTATE, CORE), (CORE, ESTATE)):
             watch = scene.watch(source, target)
@@ -138,8 +147,8 @@ async def test_two_tenants_at_once_share_the_replica_identity(pg16, pg18, make_s
     assert identities(scene.homes[CORE]) == {"d"}
 
 
-async def test_in_waves_too_short_for_a_second_chunk(pg16, pg18, make_scene):
-    scene = make_scene(pg16, pg18)
+async def test_in_waves_too_short_for_a_second_chunk(pg16, pg18, make_scene, capture):
+    scene = make_scene(pg16, pg18, capture=capture)
     watch = scene.watch()
     async with scene.daemon(wave_seconds=0.001) as stage:
         async with scene.writing() as workload:

@@ -12,7 +12,7 @@ import pytest
 from mover.core.migration import Wish
 from mover.demo.stage import Stage
 from tests.support.acceptance import CORE, ESTATE, Scene, Watch, at, killed
-from tests.support.ordinary_roles import KNOWS_US, Gardener, Roles, ordinary_roles, plant
+from tests.support.ordinary_roles import Gardener, Roles, make_triggers_know_us, ordinary_roles, plant
 
 REACH_TIMEOUT_S = 120
 
@@ -78,10 +78,10 @@ def definitions(scene: Scene, vertical: str) -> list[tuple[str, ...]]:
     ids=["18 to a fresh 16", "16 to a shared 18"],
 )
 async def test_a_tenant_moves_while_triggers_and_foreign_keys_are_in_force(
-    source, target, shared, request, make_scene
+    source, target, shared, request, make_scene, capture
 ):
     servers = request.getfixturevalue(source), request.getfixturevalue(target)
-    scene = make_scene(*servers, shared=shared, rows=500)
+    scene = make_scene(*servers, shared=shared, rows=500, capture=capture)
     if shared:
         make_triggers_know_us(scene)
     plant(scene, shared=shared)
@@ -98,9 +98,9 @@ async def test_a_tenant_moves_while_triggers_and_foreign_keys_are_in_force(
     ],
 )
 async def test_a_daemon_that_dies_on_the_careful_way_is_followed_by_one_that_ends_it(
-    pg16, pg18, make_scene, shared, crashes
+    pg16, pg18, make_scene, shared, crashes, capture
 ):
-    scene = make_scene(pg16, pg18, shared=shared, rows=500)
+    scene = make_scene(pg16, pg18, shared=shared, rows=500, capture=capture)
     if shared:
         make_triggers_know_us(scene)
     plant(scene, shared=shared)
@@ -168,12 +168,3 @@ async def test_what_would_act_twice_is_refused_with_both_ways_out(pg16, pg18, ma
             await watch.submit(stage)
             await watch.until("completed")
         watch.check_completed()
-
-
-def make_triggers_know_us(scene: Scene) -> None:
-    """The way out that preflight names."""
-    for vertical, home in scene.homes.items():
-        home.execute(
-            f"create or replace trigger documents_touch before update on {vertical}_dms.documents"
-            f" for each row {KNOWS_US} execute function {vertical}_dms.touch()"
-        )

@@ -286,7 +286,7 @@ async def test_an_owner_without_replication(scene, weak_role):
         core.execute(f'grant usage, create on schema {schema} to "{weak_role}"')
     for schema, table in core.tables:
         core.execute(f'alter table {schema}.{table} owner to "{weak_role}"')
-    async with asking(scene) as asked:
+    async with asking(scene, MOVER__ENGINE__CAPTURE="wal") as asked:
         asked.live_at(core.url.replace("postgres@", f"{weak_role}@"))
         await asked.refused(scene.tenant, {"no_replication"})
 
@@ -296,7 +296,7 @@ async def test_a_source_that_does_not_log_enough(scene):
     with PostgresServer(16, fsync=False, settings=settings) as server:
         url = server.create_database("core")
         seed_core(url, core_tenants(ROWS))
-        async with asking(scene) as asked:
+        async with asking(scene, MOVER__ENGINE__CAPTURE="wal") as asked:
             asked.live_at(url)
             await asked.refused(scene.tenant, {"wal_level"})
             assert leftovers(url) == []

@@ -50,7 +50,7 @@ async def test_a_harmless_change_is_followed(pg16, pg18, make_scene, point):
         await watch.until("completed")
     clean(workload.report())
     assert discounts(scene) == filled
-    assert indexes_of_deals(scene) == {"deals_pkey", "deals_discount"}
+    assert indexes_of_deals(scene) == {"deals_pkey", "deals_contact", "deals_discount"}
     assert scene.homes[ESTATE].execute(REMARKS) == [("new", True, False)]
     assert "column realestate_crm.deals.discount was added" in events(scene, watch.id)
     watch.check_completed()

@@ -72,6 +72,11 @@ async def sides(
     if not fresh:
         execute(target, (SCHEMA + more).format("estate_crm"))
     execute(source, "insert into core_crm.deals values (%s, 1)", TENANT)
+    return await planned(source, target)
+
+
+async def planned(source: str, target: str) -> Sides:
+    """Both sides are as they shall be when the migration is planned."""
     site = PgSite(
         tenant=TENANT,
         identity=Identity(MigrationId(uuid4()), Epoch(1)),

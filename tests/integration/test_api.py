@@ -293,6 +293,7 @@ async def test_progress_is_as_documented(database: str) -> None:
             "etaSeconds": None,
             "pauseMs": None,
             "waitingFor": None,
+            "capture": None,
             "error": None,
         }
 

@@ -9,7 +9,7 @@ import pytest
 
 from mover.core.errors import Unreachable
 from mover.core.facts import Tenancy
-from mover.core.ids import MigrationId, TableRef, TenantId, Tier
+from mover.core.ids import Capture, MigrationId, TableRef, TenantId, Tier
 from mover.core.migration import Place
 from mover.core.secret import Secret
 from mover.core.tables import SequenceRef
@@ -51,7 +51,7 @@ def sides(make_database, pg16, pg18):
 async def facts_of(source, target, tenancy=TENANCY, tenant=TENANT, schemas=RICH_SCHEMAS):
     here = Place("core", Tier.SCHEMA, source.url, tuple(schemas))
     there = Place("realestate", Tier.DATABASE, target.url, tuple(schemas.values()))
-    return await gather(source, target, here, there, tenancy, tenant)
+    return await gather(source, target, here, there, tenancy, tenant, Capture.WAL)
 
 
 async def plan_of(source, target, **options):

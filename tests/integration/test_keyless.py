@@ -16,7 +16,7 @@ import pytest
 
 from mover.core.errors import ApplyConflict, SchemaChanged
 from mover.core.facts import ColumnFacts
-from mover.core.ids import Side, TableRef
+from mover.core.ids import Capture, Side, TableRef
 from mover.core.tables import Column, MovedTable
 from mover.engine.preflight import judge
 from mover.postgres.digests import open_readers, verify_databases
@@ -128,16 +128,16 @@ async def change(conn: psycopg.AsyncConnection, rng: random.Random) -> None:
 
 
 @asynccontextmanager
-async def events(pair, rows: int = 60) -> AsyncIterator[Rig]:
+async def events(pair, rows: int = 60, capture: Capture = Capture.WAL) -> AsyncIterator[Rig]:
     """Seeded source; the target has the other tenant's rows already."""
-    async with rig(pair.source, pair.target, subject=EVENTS) as r:
+    async with rig(pair.source, pair.target, subject=EVENTS, capture=capture) as r:
         seed(pair.source, rows, TENANT, OTHER)
         seed(pair.target, rows, OTHER)
         yield r
 
 
-async def test_a_live_table_without_a_key_arrives_with_its_duplicates(pair):
-    async with events(pair) as r, r.following():
+async def test_a_live_table_without_a_key_arrives_with_its_duplicates(pair, capture):
+    async with events(pair, capture=capture) as r, r.following():
         others = content(pair.target, OTHER)
         async with changing(pair.source) as committed:
             await r.copy().run()
@@ -151,9 +151,9 @@ async def test_a_live_table_without_a_key_arrives_with_its_duplicates(pair):
         assert (await verify_databases(r.source, r.target, [EVENT], TENANT)).equal
 
 
-async def test_of_equal_rows_the_same_one_goes_and_only_as_many(pair):
+async def test_of_equal_rows_the_same_one_goes_and_only_as_many(pair, capture):
     """Rows that are equal in every type, told apart by what they look like."""
-    async with events(pair, rows=0) as r, r.following():
+    async with events(pair, rows=0, capture=capture) as r, r.following():
         alike = "('%s', '2024-01-01', 'kind', %s, %s, NULL, '%s', '%s')"
         looks = [
             alike % (TENANT, amount, score, doc, spot)
@@ -173,10 +173,13 @@ async def test_of_equal_rows_the_same_one_goes_and_only_as_many(pair):
         assert content(pair.target) == content(pair.source)
 
 
-async def test_unique_values_may_change_hands_in_a_batch(pair):
+async def test_unique_values_may_change_hands_in_a_batch(pair, capture):
     """A unique column that allows NULL is no key."""
     unique = "ALTER TABLE app.event ADD UNIQUE (amount)"
-    async with rig(pair.source, pair.target, subject=replace(EVENTS, ddl=DDL + unique)) as r, r.following():
+    async with (
+        rig(pair.source, pair.target, subject=replace(EVENTS, ddl=DDL + unique), capture=capture) as r,
+        r.following(),
+    ):
         numbered = f"SELECT '{TENANT}', 'epoch', 'k', n FROM generate_series(1, 9) n"
         execute(pair.source, f"INSERT INTO app.event {numbered}")
         await r.copy().run()
@@ -189,8 +192,8 @@ async def test_unique_values_may_change_hands_in_a_batch(pair):
 
 
 @pytest.mark.parametrize("whose", [None, OTHER])
-async def test_a_row_that_is_not_there_is_a_conflict_even_if_another_tenant_has_it(pair, whose):
-    async with events(pair, rows=0) as r:
+async def test_a_row_that_is_not_there_is_a_conflict_even_if_another_tenant_has_it(pair, whose, capture):
+    async with events(pair, rows=0, capture=capture) as r:
         await r.follower.start()
         row = "'{}', '2024-01-01', 'kind', 1, 0, NULL, NULL, NULL"
         execute(pair.source, f"INSERT INTO app.event VALUES ({row.format(TENANT)})")

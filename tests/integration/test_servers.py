@@ -12,7 +12,7 @@ import psycopg
 import pytest
 import redis
 
-from mover.demo.process import ServerFailed, executable, make_home, sweep
+from mover.demo.process import MEMORY, ServerFailed, executable, make_home, sweep
 from mover.demo.servers import PASSWORD_GROUP, PostgresServer, available_versions
 
 
@@ -123,14 +123,37 @@ def test_a_server_dies_with_its_owner():
     eventually(lambda: not Path(home).exists() and not Path(other_home).exists(), timeout_s=60)
 
 
-def test_what_a_dead_run_left_is_swept_and_what_a_live_one_uses_is_not(server):
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_a_dead_run_left_is_swept_and_what_a_live_one_uses_is_not(server, in_memory):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    ours = make_home("pg99")
+    ours = make_home("pg99", in_memory=in_memory)
     left = ours.rename(ours.with_name(ours.name.replace(str(os.getpid()), str(dead.pid))))
     sweep()
     assert not left.exists()
     assert _home(server).exists()
+
+
+def test_what_another_run_sweeps_at_the_same_moment_is_no_error(monkeypatch):
+    home = make_home("pg99")
+
+    def is_alive_until_it_is_swept(pid: int) -> bool:
+        if pid == os.getpid() and home.exists():
+            home.rmdir()
+            return False
+        return True
+
+    monkeypatch.setattr("mover.demo.process._alive", is_alive_until_it_is_swept)
+    assert sweep() == []
+
+
+@pytest.mark.skipif(not MEMORY.is_dir(), reason="files in memory are Linux's")
+@pytest.mark.parametrize("wanted", [0, 1 << 60], ids=["room", "no room"])
+def test_files_are_kept_in_memory_only_where_there_is_room(monkeypatch, wanted):
+    monkeypatch.setattr("mover.demo.process.MEMORY_FREE_BYTES", wanted)
+    home = make_home("pg99", in_memory=True)
+    home.rmdir()
+    assert (home.parent == MEMORY) == (wanted == 0)
 
 
 def test_binaries_that_the_servers_account_cannot_reach_are_copied(tmp_path):

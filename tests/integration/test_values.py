@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mover.core.ids import TableRef
+from mover.core.ids import Capture, TableRef
 from mover.core.tables import Column, MovedTable
 from mover.postgres.digests import verify_databases
 from tests.conftest import Pair
@@ -118,9 +118,9 @@ MANY_TYPES = Subject(
 AS_TEXT = f"SELECT id, {', '.join(f'{name}::text' for name in COLUMNS)} FROM app.item ORDER BY id"
 
 
-async def test_every_value_arrives_as_it_was(pair):
+async def test_every_value_arrives_as_it_was(pair, capture):
     """Whether the rows come in a copy, in sets or one by one; the server is the oracle, by its text."""
-    async with rig(pair.source, pair.target, subject=MANY_TYPES) as r, r.following():
+    async with rig(pair.source, pair.target, subject=MANY_TYPES, capture=capture) as r, r.following():
         insert_values(pair.source, 0, 10)
         await r.copy().run()
         insert_values(pair.source, 100, 10)
@@ -217,11 +217,11 @@ def insert_generated(url: str, types: Sequence[str], first: int, rows: int) -> N
         insert()
 
 
-async def test_generated_values_arrive_bit_identical(pair):
-    await move_generated(pair, list(values.VALUES), [])
+async def test_generated_values_arrive_bit_identical(pair, capture):
+    await move_generated(pair, list(values.VALUES), [], capture)
 
 
-async def test_values_of_extensions_arrive_bit_identical(pg15, make_database):
+async def test_values_of_extensions_arrive_bit_identical(pg15, make_database, capture):
     """Where both servers have them; XML as well, which not every build has."""
     pair = Pair(make_database(pg15), make_database(pg15), pg15, pg15)
     there = {name for (name,) in execute(pair.source, "SELECT name FROM pg_available_extensions")}
@@ -232,10 +232,12 @@ async def test_values_of_extensions_arrive_bit_identical(pg15, make_database):
         types.append("xml")
     if not types:
         pytest.skip("the server has neither extensions nor XML")
-    await move_generated(pair, types, extensions)
+    await move_generated(pair, types, extensions, capture)
 
 
-async def move_generated(pair: Pair, types: Sequence[str], extensions: Sequence[str]) -> None:
+async def move_generated(
+    pair: Pair, types: Sequence[str], extensions: Sequence[str], capture: Capture
+) -> None:
     """By copy and by stream: inserted, updated, and with another key."""
     names = [f"c{n}" for n in range(len(types))]
     changes = (
@@ -244,7 +246,8 @@ async def move_generated(pair: Pair, types: Sequence[str], extensions: Sequence[
         f" WHERE o.id = {50 + ROWS - 1} - item.id",
         "UPDATE app.item SET id = id + 100",
     )
-    async with rig(pair.source, pair.target, subject=subject_of(types, extensions)) as r, r.following():
+    subject = subject_of(types, extensions)
+    async with rig(pair.source, pair.target, subject=subject, capture=capture) as r, r.following():
         await asyncio.to_thread(insert_generated, pair.source, types, 0, ROWS)
         await r.copy().run()
         await asyncio.to_thread(insert_generated, pair.source, types, 50, ROWS)
@@ -277,7 +280,9 @@ def binary(conn: psycopg.Connection, column: int) -> bytes:
 
 @pytest.mark.parametrize("key", [("id",), ()], ids=["with a key", "without a key"])
 @pytest.mark.parametrize("small_batch", [0, 200])
-async def test_as_many_columns_as_a_table_can_have(pg16, make_database, key, small_batch, monkeypatch):
+async def test_as_many_columns_as_a_table_can_have(
+    pg16, make_database, key, small_batch, monkeypatch, capture
+):
     monkeypatch.setattr("mover.postgres.apply.SMALL_BATCH", small_batch)
     names = [f"column_{n}" for n in range(1598)]
     columns = (
@@ -295,7 +300,7 @@ async def test_as_many_columns_as_a_table_can_have(pg16, make_database, key, sma
         identity.format("USING INDEX i" if key else "FULL"),
     )
     source, target = make_database(pg16), make_database(pg16)
-    async with rig(source, target, subject=subject) as r, r.following():
+    async with rig(source, target, subject=subject, capture=capture) as r, r.following():
         numbers = f"n{', n' * 1598} FROM generate_series(%s::int, %s::int) n"
         insert = f"INSERT INTO app.item SELECT '{TENANT}', {numbers}"
         execute(source, insert, 1, 3)
@@ -310,11 +315,11 @@ async def test_as_many_columns_as_a_table_can_have(pg16, make_database, key, sma
         assert (await verify_databases(r.source, r.target, subject.tables, TENANT)).equal
 
 
-async def test_values_of_many_megabytes(pg16, make_database):
+async def test_values_of_many_megabytes(pg16, make_database, capture):
     """A text of LARGE bytes, by copy and by stream, in an update that sends it and in one that does not."""
     source, target = make_database(pg16), make_database(pg16)
     content = "SELECT id, name, octet_length(big), md5(big) FROM app.item ORDER BY id"
-    async with rig(source, target, rows=0) as r, r.following():
+    async with rig(source, target, rows=0, capture=capture) as r, r.following():
         insert = f"INSERT INTO app.item VALUES ('{TENANT}', %s, 'n', 1, repeat(%s, {LARGE // 8}))"
         execute(source, insert, 1, "copied \t")
         await r.copy().run()

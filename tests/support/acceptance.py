@@ -20,7 +20,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from mover.core.crash import VARIABLE
-from mover.core.ids import Epoch, MigrationId, TenantId
+from mover.core.ids import Capture, Epoch, MigrationId, TenantId
 from mover.core.migration import Wish
 from mover.core.secret import Secret
 from mover.demo.ledger import Counted, Key, Ledger, Write, verify_ledger
@@ -113,6 +113,7 @@ class Scene:
     homes: Mapping[str, Home]
     tenants: Sequence[Tenant]  # of core, the large one first
     redis_url: str
+    capture: Capture = Capture.WAL
     ledger: TimedLedger = field(default_factory=TimedLedger)
     watches: list[Watch] = field(default_factory=list)
     workloads: int = 0
@@ -129,6 +130,7 @@ class Scene:
             "copy_workers": 2,
             "pause_budget_ms": 3000,
             "monitoring_hours": hours,
+            "capture": self.capture.value,
             **engine,
         }
         stage = Stage(
@@ -356,12 +358,13 @@ class Watch:
         self._check_ledgers(self.source)
         self._check_others()
         for home in (self.source, self.target):
-            assert leftovers(home.url) == self._leftovers_before[home]
+            now, before = set(leftovers(home.url)), set(self._leftovers_before[home])
+            assert now == before, (now - before, before - now)
 
     def _check_rows_are_gone(self, home: Home) -> None:
-        for table in home.tables:
-            where = sql.SQL("select count(*) from {} where tenant_id = %s").format(sql.Identifier(*table))
-            with connect(home.url) as conn:
+        with connect(home.url) as conn:
+            for table in home.tables:
+                where = sql.SQL("select count(*) from {} where tenant_id = %s").format(sql.Identifier(*table))
                 assert conn.execute(where, (self.tenant,)).fetchone() == (0,), table
 
     def _check_nothing_but_later_writes_differs(self) -> None:

@@ -65,26 +65,27 @@ def tenant_multiset(
     url: str, schema: str, table: str, tenant: UUID | str, tenant_column: str = "tenant_id"
 ) -> Multiset:
     """The tenant's rows of one table."""
+    return tenant_fingerprints(url, [(schema, table)], tenant, tenant_column)[schema, table]
+
+
+def tenant_fingerprints(
+    url: str, tables: Iterable[Table], tenant: UUID | str, tenant_column: str = "tenant_id"
+) -> dict[Table, Multiset]:
+    condition = sql.SQL("{} = %s").format(sql.Identifier(tenant_column))
     with connect(url) as conn:
-        condition = sql.SQL("{} = %s").format(sql.Identifier(tenant_column))
-        return multiset(conn, (schema, table), condition, [str(tenant)])
-
-
-def tenant_fingerprints(url: str, tables: Iterable[Table], tenant: UUID | str) -> dict[Table, Multiset]:
-    return {table: tenant_multiset(url, *table, tenant) for table in tables}
+        return {table: multiset(conn, table, condition, [str(tenant)]) for table in tables}
 
 
 def assert_tenant_equal(
     source_url: str, target_url: str, tables: Mapping[Table, Table], tenant: UUID | str
 ) -> int:
     """Every table holds the same multiset of the tenant's rows on both sides; says how many rows."""
-    rows = 0
+    on_source = tenant_fingerprints(source_url, tables, tenant)
+    on_target = tenant_fingerprints(target_url, tables.values(), tenant)
     for ours, theirs in tables.items():
-        source = tenant_multiset(source_url, *ours, tenant)
-        target = tenant_multiset(target_url, *theirs, tenant)
+        source, target = on_source[ours], on_target[theirs]
         assert source == target, f"{ours} differs from {theirs}: {source} against {target}"
-        rows += source.count
-    return rows
+    return sum(rows.count for rows in on_source.values())
 
 
 def other_tenants_fingerprint(

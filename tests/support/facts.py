@@ -16,7 +16,7 @@ from mover.core.facts import (
     SideFacts,
     Tenancy,
 )
-from mover.core.ids import TableRef, TenantId
+from mover.core.ids import Capture, TableRef, TenantId
 
 SERVER = ServerFacts(
     version_num=160014,
@@ -85,6 +85,7 @@ def facts(*relations, foreign_keys=(), source=None, target=None, **changes):
         source=replace(side, **(source or {})),
         target=replace(other, **(target or {})),
         connections_wanted=12,
+        capture=Capture.WAL,
         rows={r.ref: Rows(10, 1000, exact=True, exists=True) for r in relations},
     )
     return replace(base, **changes)

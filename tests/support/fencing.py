@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import psycopg
 from psycopg import IsolationLevel, errors, sql
 
-from mover.core.ids import Epoch, MigrationId, TableRef, TenantId
+from mover.core.ids import Capture, Epoch, MigrationId, TableRef, TenantId
 from mover.core.secret import Secret
 from mover.core.tables import Holding
 from mover.postgres import agent
@@ -130,14 +130,16 @@ class Fenced:
 
 
 @asynccontextmanager
-async def fenced(url: str, hold_s: float = 5.0, state: str = "open") -> AsyncIterator[Fenced]:
+async def fenced(
+    url: str, hold_s: float = 5.0, state: str = "open", capture: Capture = Capture.WAL
+) -> AsyncIterator[Fenced]:
     """Tables, guards and an oracle's slot; everything else goes with the database."""
     identity = Identity(MigrationId(uuid4()), Epoch(1))
     database = Database(Secret(url), "source", identity, limit=20)
     world = Fenced(url, identity, PgFence(database, TENANT, "core", identity, hold_s), hold_s)
     await world.ask(DDL)
     await agent.install(database, identity)
-    await world.fence.install(TABLES, state, quiet)
+    await world.fence.install(TABLES, state, quiet, captures=capture is Capture.TRIGGER)
     await world.ask("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", world.slot)
     try:
         yield world
@@ -307,11 +309,13 @@ async def all_held(world: Fenced, writers: list[OpenTransaction], tasks: list[as
 
 
 async def replace_guard(world: Fenced, old: str, new: str) -> None:
-    """Weaken the guard function: what matches `old` becomes `new`."""
-    ((text,),) = await world.ask("SELECT pg_get_functiondef(%s::regproc)", f"mover.guard_{world.fence.name}")
-    weakened, count = re.subn(old, new, text)
-    assert count == 1
-    await world.ask(weakened)
+    """Weaken what the guards call, the quick way and the slow: what matches `old` becomes `new`."""
+    for kind in ("guard", "ask"):
+        function = f"mover.{kind}_{world.fence.name}"
+        ((text,),) = await world.ask("SELECT pg_get_functiondef(%s::regproc)", function)
+        weakened, count = re.subn(old, new, text)
+        assert count == 1
+        await world.ask(weakened)
 
 
 async def change_triggers(world: Fenced, statement: str) -> None:

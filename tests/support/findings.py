@@ -86,6 +86,7 @@ def examples() -> Mapping[str, Facts]:
         "nothing_to_move": facts(table("documents", kind="v")),
         "unknown_tenant": facts(rows={DOCUMENTS: Rows(0, 0, exact=True, exists=False)}),
         "wal_level": facts(source=server(wal_level="replica")),
+        "capture_by_triggers": facts(source=server(wal_level="replica", replication=False), capture=None),
         "no_replication": facts(source=server(replication=False)),
         "no_free_replication_slots": facts(source=server(slots_used=10)),
         "no_free_wal_senders": facts(source=server(senders_used=10)),
@@ -108,7 +109,10 @@ def examples() -> Mapping[str, Facts]:
         "trigger_fires_twice": facts(target=shared(triggers=(TriggerFacts("touch", False, "O"),))),
         "rule": facts(target=shared(rules=(TriggerFacts("keep", True, "O"),))),
         "owned_rows_checked": facts(
-            table("documents"), note, foreign_keys=[key("notes", "documents")], target=shared()
+            table("documents"),
+            note,
+            foreign_keys=[replace(key("notes", "documents"), on_delete="d")],
+            target=shared(),
         ),
         "foreign_key_cycle_checked": facts(
             table("documents"),

@@ -5,8 +5,9 @@ while sessions run a timeline; then plain SQL, sharing nothing with the mover, s
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,18 +18,19 @@ from structlog.testing import capture_logs
 
 from mover.app import SystemClock, Workshop
 from mover.config import Config
-from mover.core.ids import TenantId, Tier
+from mover.core.ids import Capture, Side, TenantId, Tier
 from mover.core.migration import Claim, MigrationRequest
 from mover.core.secret import Secret
 from mover.core.states import Status
 from mover.demo.servers import Cluster
-from mover.engine import daemon, move
+from mover.engine import daemon, move, ordinary_roles
 from mover.engine.daemon import Work
 from mover.metrics import Metrics
 from mover.postgres import apply, bulk
 from mover.postgres.platform_pool import PlatformPool
 from mover.postgres.store import Store
 from tests.support.drafts import TENANT, Draw, Schema
+from tests.support.ordinary_roles import KNOWS_US
 from tests.support.places import Place, assert_same
 from tests.support.queue import ORGANIZATIONS, platform_database
 from tests.support.schemas import schemas
@@ -53,6 +55,8 @@ class Tuning:
     chunk_rows: int
     wave_s: float
     small_batch: int  # up to so many changes are applied one by one
+    capture: Capture = Capture.WAL
+    careful: bool = False  # foreign keys and triggers act on what the mover writes
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,15 @@ class Example:
 
 @st.composite
 def examples(
-    draw: Draw, target: str, first_key: Key, *, major: int = 16, rich_build: bool = False, owned: bool = False
+    draw: Draw,
+    target: str,
+    first_key: Key,
+    *,
+    major: int = 16,
+    rich_build: bool = False,
+    owned: bool = False,
+    captures: Sequence[Capture] = tuple(Capture),
+    careful: Sequence[bool] = (False, False, True),
 ) -> Example:
     schema = draw(schemas(first_key, major=major, rich_build=rich_build, owned=owned))
     tuning = Tuning(
@@ -85,10 +97,14 @@ def examples(
         chunk_rows=draw(st.sampled_from([1, 2, 1000])),
         wave_s=draw(st.sampled_from([0.0001, 600.0, 600.0])),
         small_batch=draw(st.sampled_from([0, 200])),
+        capture=draw(st.sampled_from(captures)),
+        careful=draw(st.sampled_from(careful)),
     )
     seeds = tuple(seeding(draw, schema))
     theirs = tuple(neighbours(draw, schema)) if tuning.target == "shared" else ()
-    return Example(schema, seeds, theirs, draw(timelines(schema)), tuning)
+    # What was truncated is copied anew, which is not possible where foreign keys are in force.
+    timeline = draw(timelines(schema, truncates=not tuning.careful))
+    return Example(schema, seeds, theirs, timeline, tuning)
 
 
 @dataclass(frozen=True)
@@ -132,7 +148,8 @@ async def run_example(servers: Servers, example: Example) -> None:
             _places(servers, example) as (source, target),
         ):
             async with asyncio.timeout(EXAMPLE_TIMEOUT_S):
-                await _Run(servers, example, source, target).run()
+                with _rights(example, source):
+                    await _Run(servers, example, source, target).run()
     except Exception as error:
         error.add_note(f"{servers.source.version} to {servers.target.version}\n{example}")
         error.add_note(await _story(servers))
@@ -170,9 +187,9 @@ def _places(servers: Servers, example: Example) -> Iterator[tuple[Place, Place]]
             Place.at(servers.source_url, "core", services) as source,
             Place.at(target_url, "realestate", services) as target,
         ):
-            source.fill([*example.schema.create(), *example.seeds])
+            source.fill([*_made(example), *example.seeds])
             if tuning.target == "shared":
-                target.fill(example.schema.create(reordered=tuning.reordered))
+                target.fill(_made(example, reordered=tuning.reordered))
                 target.move_sequences_ahead()
                 target.fill(example.neighbours)
             yield source, target
@@ -181,6 +198,39 @@ def _places(servers: Servers, example: Example) -> Iterator[tuple[Place, Place]]
     except BaseException:
         servers.begin_anew()
         raise
+
+
+def _made(example: Example, *, reordered: bool = False) -> list[str]:
+    """With triggers that know the mover, where they act on what it writes."""
+    lines = example.schema.create(reordered=reordered)
+    if not example.tuning.careful:
+        return lines
+    return [re.sub("(CREATE TRIGGER .* FOR EACH ROW)", rf"\1 {KNOWS_US}", line) for line in lines]
+
+
+@contextmanager
+def _rights(example: Example, source: Place) -> Iterator[None]:
+    """Whether the mover may set session_replication_role; it has to, where rows are copied into a cycle of
+    foreign keys that are in force."""
+    tuning = example.tuning
+    if not tuning.careful or (tuning.target == "shared" and source.run(CYCLE)):
+        yield
+        return
+    with patch.object(ordinary_roles, "careful_sides", lambda facts: frozenset(Side)):
+        yield
+
+
+# Tables that refer to each other in a circle.
+CYCLE = """
+WITH RECURSIVE refers AS (
+    SELECT conrelid AS child, confrelid AS parent FROM pg_constraint
+     WHERE contype = 'f' AND conrelid <> confrelid
+), up AS (
+    SELECT child, parent FROM refers
+     UNION
+    SELECT up.child, r.parent FROM up JOIN refers r ON r.child = up.parent
+) SELECT FROM up WHERE child = parent
+"""
 
 
 class GatedStore:
@@ -263,6 +313,7 @@ class _Run:
                     "pause_budget_ms": 5000,
                     "wave_seconds": self.example.tuning.wave_s,
                     "lease_seconds": LEASE_S,
+                    "capture": self.example.tuning.capture.value,
                 },
             }
         )

@@ -12,49 +12,11 @@ from uuid import uuid4
 
 import psycopg
 
-from mover.core.ids import TenantId
+from mover.core.ids import Capture, TenantId
+from mover.demo import rights
 from mover.demo.schema import schemas
 from mover.demo.stage import Stage
 from tests.support.acceptance import CORE, ESTATE, Home, Scene
-
-# The grants of the README, by side; {owner} has what the application made.
-ROLES = """
-create role {owner} nologin;
-create role {mover} login {replication};
-"""
-SOURCE_GRANTS = """
-grant {owner} to {mover};
-grant create on database {database} to {mover};
-"""
-TARGET_GRANTS = """
-grant create on database {database} to {mover};
-grant usage on schema shared to {mover};
-grant select, references on shared.countries to {mover};
-"""
-SHARED_TARGET_GRANTS = "grant {owner} to {mover};"
-GIVE_AWAY = """
-do $do$
-declare statement text;
-begin
-  for statement in
-    select format('alter schema %I owner to {owner}', nspname)
-      from pg_namespace where nspname = any('{schemas}')
-    union all
-    select format('alter %s %s owner to {owner}',
-                  case c.relkind when 'v' then 'view' else 'table' end, c.oid::regclass)
-      from pg_class c
-     where c.relnamespace::regnamespace::text = any('{schemas}') and c.relkind in ('r', 'p', 'v')
-    union all
-    select format('alter routine %s owner to {owner}', p.oid::regprocedure)
-      from pg_proc p where p.pronamespace::regnamespace::text = any('{schemas}')
-    union all
-    select format('alter type %s owner to {owner}', t.oid::regtype)
-      from pg_type t where t.typnamespace::regnamespace::text = any('{schemas}') and t.typtype = 'e'
-  loop
-    execute statement;
-  end loop;
-end $do$;
-"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +48,7 @@ def ordinary_roles(scene: Scene) -> Iterator[Roles]:
     names = {vertical: f"mover_{vertical}_{suffix}" for vertical in scene.homes}
     try:
         for vertical, home in scene.homes.items():
-            _make(home, names[vertical], f"owner_{vertical}_{suffix}")
+            _make(home, names[vertical], f"owner_{vertical}_{suffix}", scene.capture)
         yield Roles(scene, names)
     finally:
         for vertical, home in scene.homes.items():
@@ -96,20 +58,16 @@ def ordinary_roles(scene: Scene) -> Iterator[Roles]:
                 home.execute(f"drop role {role}")
 
 
-def _make(home: Home, mover: str, owner: str) -> None:
-    names = {
-        "mover": mover,
-        "owner": owner,
-        "database": home.url.rpartition("/")[2],
-        "replication": "replication" if home.vertical == CORE else "",
-        "schemas": "{" + ", ".join(schemas(home.vertical).values()) + "}",
-    }
+def _make(home: Home, mover: str, owner: str, capture: Capture) -> None:
+    of_source = home.vertical == CORE
     with psycopg.connect(home.url, autocommit=True) as conn:
-        conn.execute(ROLES.format(**names))
-        conn.execute(GIVE_AWAY.format(**names))
-        conn.execute((SOURCE_GRANTS if home.vertical == CORE else TARGET_GRANTS).format(**names))
-        if home.vertical == ESTATE and home.tables:
-            conn.execute(SHARED_TARGET_GRANTS.format(**names))
+        replication = of_source and capture is Capture.WAL
+        rights.make_role(conn, mover, owner, replication=replication)
+        rights.give_away(conn, owner, schemas(home.vertical).values())
+        if of_source:
+            rights.grant_on_source(conn, mover, owner)
+        else:
+            rights.grant_on_target(conn, mover, owner, with_tables=bool(home.tables))
 
 
 # A garden: foreign keys with every action, to itself and (with `cycle`) in a circle, and triggers that would
@@ -207,6 +165,15 @@ def plant(scene: Scene, *, shared: bool) -> None:
             for place, tenant in enumerate(tenants):
                 first = (2 * number + place) * 100_000
                 conn.execute(PLANTS.format(tenant=tenant, first=first, **names))
+
+
+def make_triggers_know_us(scene: Scene) -> None:
+    """The way out that preflight names."""
+    for vertical, home in scene.homes.items():
+        home.execute(
+            f"create or replace trigger documents_touch before update on {vertical}_dms.documents"
+            f" for each row {KNOWS_US} execute function {vertical}_dms.touch()"
+        )
 
 
 PACE_S = 0.01  # people do other things, too

@@ -1,4 +1,5 @@
-"""The data path without the engine: one table on two sides, a slot between them, writers on the source."""
+"""The data path without the engine: one table on two sides, changes followed between them, writers on the
+source."""
 
 from __future__ import annotations
 
@@ -6,20 +7,24 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID, uuid4
 
 import psycopg
 
-from mover.core.ids import Epoch, MigrationId, TableRef, TenantId
+from mover.core.ids import Capture, Epoch, MigrationId, Side, TableRef, TenantId
 from mover.core.migration import Progress
 from mover.core.secret import Secret
 from mover.core.tables import Column, MovedTable, Shape
 from mover.engine.copy import WaveCopy
 from mover.engine.follow import Follower
+from mover.engine.follow_log import LogFollower
+from mover.engine.follow_stream import StreamFollower
 from mover.postgres import agent, publication
 from mover.postgres.bulk import BulkCopier
+from mover.postgres.change_log import PgChangeLog
 from mover.postgres.connect import Database, Identity
+from mover.postgres.fence import PgFence
 from mover.postgres.points import Points
 from mover.postgres.replication import WalStream
 from mover.postgres.writer import Writer
@@ -68,10 +73,12 @@ class Subject:
     tables: tuple[MovedTable, ...] = (ITEM,)
     ddl: str = DDL
     identity: str = IDENTITY
+    careful: bool = False  # the target's foreign keys and triggers act on what we write
 
     @property
     def shape(self) -> Shape:
-        return Shape({"app": "app"}, self.tables, fresh=False)
+        careful = frozenset({Side.TARGET} if self.careful else ())
+        return Shape({"app": "app"}, self.tables, fresh=False, careful=careful)
 
 
 ITEMS = Subject()
@@ -96,7 +103,8 @@ class Rig:
     follower: Follower
     writer: Writer
     copier: BulkCopier
-    stream: WalStream
+    stream: WalStream | None
+    fence: PgFence
 
     @property
     def slot(self) -> str:
@@ -170,9 +178,14 @@ def seed(url: str, rows: int) -> None:
 
 @asynccontextmanager
 async def rig(
-    source_url: str, target_url: str, rows: int = 500, subject: Subject = ITEMS
+    source_url: str,
+    target_url: str,
+    rows: int = 500,
+    subject: Subject = ITEMS,
+    capture: Capture = Capture.WAL,
 ) -> AsyncIterator[Rig]:
-    """Seeded source, empty target, publication and slot; everything is dropped with the databases."""
+    """Seeded source, empty target, and publication and slot or capturing guards; everything is dropped with
+    the databases."""
     identity = Identity(MigrationId(uuid4()), Epoch(1))
     source = Database(Secret(source_url), "source", identity, limit=20)
     target = Database(Secret(target_url), "target", identity, limit=20)
@@ -189,18 +202,27 @@ async def rig(
     async def say(text: str) -> None:
         pass
 
-    await publication.create_publication(source, identity.migration, subject.tables, TENANT, say)
-    start = await publication.create_slot(source, identity.migration, say)
-    await publication.store_start(target, identity, start)
-    shape = subject.shape
-    name = publication.name_of(identity.migration)
+    shape = replace(subject.shape, capture=capture)
+    fence = PgFence(source, TENANT, "v", identity, 1.0)
+    follower: Follower
+    stream: WalStream | None = None
     async with AsyncExitStack() as stack:
         points = await stack.enter_async_context(Points.open(source))
         writer = await stack.enter_async_context(Writer.open(target, shape, TENANT, identity))
-        stream = WalStream(source, name, name)
-        stack.push_async_callback(publication.drop_slot, source, identity.migration)
-        stack.push_async_callback(stream.close)
-        follower = Follower(stream, points, writer, Progress())
+        if capture is Capture.TRIGGER:
+            holdings = sorted((t.holding(Side.SOURCE) for t in shape.tables), key=lambda h: h.depth)
+            await fence.install(holdings, "open", say, captures=True)
+            log = await stack.enter_async_context(PgChangeLog.open(source, points, shape, TENANT, identity))
+            follower = LogFollower(log, writer, Progress())
+        else:
+            await publication.create_publication(source, identity.migration, shape.tables, TENANT, say)
+            start = await publication.create_slot(source, identity.migration, say)
+            await publication.store_start(target, identity, start)
+            name = publication.name_of(identity.migration)
+            stream = WalStream(source, name, name)
+            stack.push_async_callback(publication.drop_slot, source, identity.migration)
+            stack.push_async_callback(stream.close)
+            follower = StreamFollower(stream, points, writer, Progress())
         copier = BulkCopier(source, target, shape, TENANT, identity)
         migration = identity.migration
         yield Rig(
@@ -214,6 +236,7 @@ async def rig(
             writer,
             copier,
             stream,
+            fence,
         )
 
 

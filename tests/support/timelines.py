@@ -61,9 +61,9 @@ Timeline = list[Gate | Action]
 
 
 @st.composite
-def timelines(draw: Draw, schema: Schema) -> Timeline:
+def timelines(draw: Draw, schema: Schema, *, truncates: bool = True) -> Timeline:
     """`monitor` stands where the tenant has been switched; what follows `cutover` runs beside the switch."""
-    made = _Sessions(draw, schema)
+    made = _Sessions(draw, schema, truncates)
     timeline: Timeline = []
     for gate in GATES:
         timeline.append(Gate(gate))
@@ -98,6 +98,7 @@ class _Sessions:
 
     draw: Draw
     schema: Schema
+    truncates: bool
     open: dict[str, UUID] = field(default_factory=dict)
     savepoints: dict[str, int] = field(default_factory=dict)
     last_table: dict[str, Table] = field(default_factory=dict)
@@ -124,7 +125,7 @@ class _Sessions:
         if table is None or self.draw(st.booleans()):  # else the same rows are likely to change again
             table = self.last_table[session] = self.draw(st.sampled_from(self.schema.tables))
         kinds = ["insert", "insert", "copy", "update", "update", "key", "delete", "savepoint"]
-        kinds += ["truncate"] if self.draw(st.integers(0, 4)) == 0 else []
+        kinds += ["truncate"] if self.truncates and self.draw(st.integers(0, 4)) == 0 else []
         kinds += ["roam"] if table.roams else []
         kinds += ["roam with others"] * 3 if self.schema.roaming_owners else []
         kinds += ["exodus"] if self.schema.crossings and self.draw(st.integers(0, 4)) == 0 else []

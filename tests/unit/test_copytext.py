@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mover.core.changes import UNCHANGED
-from mover.core.copytext import NULL_OPTION, encode_row
+from mover.core.copytext import NULL_OPTION, decode_row, encode_row
 
 LETTERS = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
 SPECIAL = st.sampled_from([b"\\", b"\t", b"\n", b"\r", b"\x01", b"N", b"\\N", b".", b"\\.", b"x01", b"\0"])
@@ -61,3 +61,20 @@ def unescape(field: bytes) -> bytes:
             out += LETTERS.get(after, after)
             at += 2
     return out
+
+
+def as_the_server_writes(values):
+    """COPY TO's text format: controls by their letters, NULL as \\N."""
+    by_value = {value: b"\\" + letter for letter, value in LETTERS.items()}
+
+    def escaped(value):
+        letters = (value[at : at + 1] for at in range(len(value)))
+        return b"".join(by_value.get(b, b.replace(b"\\", b"\\\\")) for b in letters)
+
+    return b"\t".join(b"\\N" if value is None else escaped(value) for value in values)
+
+
+@given(st.lists(VALUES, min_size=1, max_size=8))
+@example([b"\\N", None, b"", b"\\\\t", b"\b\f\v"])
+def test_what_the_server_writes_is_read(values):
+    assert decode_row(as_the_server_writes(values)) == values

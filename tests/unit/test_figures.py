@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
+
 from mover.core.migration import Progress
-from mover.engine.figures import WARNING_INTERVAL_S, Figures
+from mover.engine.figures import LARGE_LOG_BYTES, WARNING_INTERVAL_S, Figures
+from mover.engine.site import Kept
 
 
 @dataclass
@@ -19,12 +22,18 @@ class SetClock:
         self.now += seconds
 
 
-def test_a_slot_in_danger_is_warned_of_once_a_minute_however_often_we_look() -> None:
+SLOTS = [Kept(5, status) for status in ("reserved", "extended", "unreserved", "unreserved", "extended")]
+LOGS = [Kept(log_bytes=size) for size in (0, 1 << 20, LARGE_LOG_BYTES, 2 * LARGE_LOG_BYTES, 8192)]
+
+
+@pytest.mark.parametrize(("kept", "word"), [(SLOTS, "slot"), (LOGS, "log of changes")])
+def test_what_the_source_keeps_is_warned_of_once_a_minute_however_often_we_look(kept, word) -> None:
     clock = SetClock()
     figures = Figures(Progress(), clock)
     warned = []
-    for status in ["reserved", "extended"] + ["unreserved", "unreserved", "extended"] * 50:
+    for seen in kept + kept[2:] * 50:
         clock.now += 1
-        if figures.warns_of_slot(status):
+        if warning := figures.warning(seen):
+            assert word in warning
             warned.append(clock.now)
     assert warned == [3, 3 + WARNING_INTERVAL_S, 3 + 2 * WARNING_INTERVAL_S]

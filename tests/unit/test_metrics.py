@@ -12,6 +12,7 @@ CONTRACT = """
 migrations{status} migrations_total{outcome,source_tier,target_tier} migration_duration_seconds
 phase_duration_seconds{phase} copy_rows_total copy_bytes_total changes_applied_total{kind}
 replication_lag_bytes{migration} replication_lag_seconds{migration} slot_retained_bytes{migration}
+change_log_bytes{migration}
 cutover_pause_seconds cutover_attempts_total{outcome} verify_rows_total verify_mismatches_total
 integrity_failures_total rollbacks_total{trigger} refused_writes_total active_migrations
 queued_migrations infrastructure_cost_eur_per_month cost_per_migration_eur

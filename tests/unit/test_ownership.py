@@ -87,3 +87,22 @@ def test_a_cycle_none_of_which_is_always_given_is_not_followed():
     assert {found.name: why for found, why in unfit.items()} == dict.fromkeys(
         ["sheets", "marks"], "may belong to the tenant by rows that belong to it by its own"
     )
+
+
+def test_a_table_that_never_leads_to_the_tenant_keeps_nobody_waiting():
+    tables = [
+        table("binders"),
+        owned("sheets", binder=True, stray=True),
+        owned("marks", sheet=True, binder=True),
+        owned("strays", lone=True),
+        owned("lone"),
+    ]
+    keys = [
+        named("a", "sheets", "binders", ("binder",)),
+        named("b", "sheets", "strays", ("stray",)),
+        named("c", "marks", "sheets", ("sheet",)),
+        named("d", "marks", "binders", ("binder",)),
+        named("e", "strays", "lone", ("lone",)),
+    ]
+    assert deciding(tables, keys) == {"sheets": ["a"], "marks": ["c", "d"]}
+    assert find_ownership(facts(*tables, foreign_keys=keys)).unfit == {}

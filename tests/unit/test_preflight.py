@@ -18,9 +18,10 @@ from mover.core.facts import (
     Tenancy,
     TriggerFacts,
 )
-from mover.core.ids import Side, TableRef
+from mover.core.ids import Capture, Side, TableRef
 from mover.engine.preflight import judge, judge_again, judge_references
 from tests.support.facts import KEY, SERVER, column, facts, key, server, table
+from tests.support.findings import partitioned
 
 
 def found(some_facts):
@@ -63,6 +64,42 @@ def test_each_lack_of_the_source_is_found(changes, code, warning):
 @pytest.mark.parametrize("version_num", [150013, 160009, 170005, 180000])
 def test_minor_versions_that_decode_well_are_accepted(version_num):
     assert found(facts(source=server(version_num=version_num))) == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"wal_level": "replica"}, {"replication": False}, {"slots_used": 10}, {"version_num": 160008}]
+)
+def test_a_source_that_does_not_decode_is_followed_by_triggers_unless_somebody_insists(changes):
+    """The plan says why."""
+    source = server(**changes)
+    (refusal,) = judge(facts(source=source)).refusals
+    plan = judge(facts(source=source, capture=None))
+    assert plan.refusals == () and plan.shape.capture is Capture.TRIGGER
+    (warning,) = plan.findings
+    assert warning.code == "capture_by_triggers"
+    assert refusal.message in warning.message and refusal.hint in warning.hint
+    asked = judge(facts(source=source, capture=Capture.TRIGGER))
+    assert asked.findings == () and asked.shape == plan.shape
+
+
+def test_a_source_that_decodes_is_streamed_and_a_refusal_that_triggers_share_changes_nothing():
+    assert judge(facts(capture=None)).shape.capture is Capture.WAL
+    plan = judge(facts(table("documents", persistence="u"), capture=None))
+    assert plan.shape.capture is Capture.WAL
+    assert [f.code for f in plan.refusals] == ["unlogged"]
+    both = facts(table("documents", persistence="u"), source=server(wal_level="replica"), capture=None)
+    assert [f.code for f in judge(both).findings] == ["capture_by_triggers", "unlogged"]
+
+
+def test_captured_by_triggers_a_table_needs_no_replica_identity():
+    root, leaf = partitioned(replica_identity="n")
+    assert found(facts(root, leaf)) == [("partition_identity", False)]
+    assert found(facts(root, leaf, capture=Capture.TRIGGER)) == []
+
+
+def test_once_begun_a_migration_keeps_its_way_of_capture():
+    by_triggers = judge(facts(capture=Capture.TRIGGER)).shape
+    assert judge_again(facts(capture=None), by_triggers) == (by_triggers, ())
 
 
 def test_all_refusals_come_at_once_with_a_hint_each():

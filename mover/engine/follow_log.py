@@ -1,0 +1,125 @@
+"""Keeps the target at the source by what triggers write down there: which rows changed, not how.
+
+> Each step takes the target from the source at one snapshot to the source at a later one, exactly, whatever
+> long transactions run beside it.
+
+The rows that are written down between the two snapshots are read again under the later one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+from mover.core.crash import reach
+from mover.core.ids import Lsn
+from mover.core.migration import Progress
+from mover.core.snapshot import Snapshot
+from mover.ports import ApplyTarget, ChangeLog, ConsistentPoint, LoggedPoint
+
+# Between two looks: a look at nothing new costs the source four small queries.
+INTERVAL_S = 0.05
+
+
+@dataclass
+class LogFollower:
+    """Implements engine.follow.Follower."""
+
+    log: ChangeLog
+    target: ApplyTarget
+    progress: Progress
+    on_applied: Callable[[Mapping[str, int]], None] = lambda kinds: None
+    _snapshot: Snapshot | None = None  # what the target is; None: nothing is copied
+    _durable: Snapshot | None = None  # the same as the target has stored it
+    _reached: Lsn = field(default=Lsn(0))
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _in_doubt: bool = False  # whether the target has committed the last step, nobody has told
+    _ended: BaseException | None = None
+    _forgotten: Snapshot | None = None
+
+    async def start(self) -> None:
+        await self._ask_the_target()
+        self._ended = None
+
+    async def _ask_the_target(self) -> None:
+        self._reached, self._snapshot = await self.target.progress()
+        self._durable, self._in_doubt = self._snapshot, False
+
+    async def run(self) -> None:
+        while True:
+            async with self._turn:
+                await self._step()
+                await self._forget()
+            await asyncio.sleep(INTERVAL_S)
+
+    async def reached(self, mark: str) -> None:
+        """A snapshot that is taken now sees everything that committed before the mark."""
+        await self.catch_up_once()
+
+    async def catch_up_once(self) -> None:
+        async with self._turn:
+            await self._step()
+
+    async def lag_bytes(self) -> int:
+        return max(0, await self.log.wal_lsn() - self._reached)
+
+    @asynccontextmanager
+    async def hold(self, lifetime: AsyncExitStack) -> AsyncIterator[ConsistentPoint]:
+        async with self._turn:
+            await self._step()  # so that little is left
+            point = await lifetime.enter_async_context(self.log.consistent_point())
+            await self._settle(point)
+            try:
+                yield point
+            except BaseException as error:
+                # What the holder has put on the target is not known here: apply nothing any more.
+                self._ended = error
+                raise
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        async with self._turn:
+            yield
+
+    async def close(self) -> None:
+        pass
+
+    async def _step(self) -> None:
+        if self._ended is not None:
+            raise self._ended
+        if self._in_doubt:  # a cutover that gave up, for one, ends whatever it waits for
+            await self._ask_the_target()
+        if self._snapshot is not None:
+            async with self.log.next_point() as point:
+                await self._settle(point)
+
+    async def _settle(self, point: LoggedPoint) -> None:
+        """One target transaction, from the snapshot that it stands at to the point's."""
+        reached = await self.log.wal_lsn()
+        done: Mapping[str, int] = {}
+        if self._snapshot is not None:
+            changes = await point.changes_since(self._snapshot)
+            if changes.is_empty:
+                self._snapshot, self._reached = point.snapshot, reached
+                return
+        # What the source may lose in a crash must not be on the target.
+        await self.log.mark()
+        self._in_doubt = True
+        async with self.target.transaction() as transaction:
+            if self._snapshot is not None:
+                done = await transaction.settle(changes, point)
+            await transaction.advance(reached, point.snapshot)
+        self._in_doubt = False
+        reach("follow.applied")
+        self.progress.changes_applied += sum(done.values())
+        self.on_applied(done)
+        self._snapshot = self._durable = point.snapshot
+        self._reached = reached
+
+    async def _forget(self) -> None:
+        """A little at a time: whoever waits for a turn waits for this, too."""
+        if self._durable is not None and self._durable is not self._forgotten:
+            if not await self.log.forget(self._durable):
+                self._forgotten = self._durable

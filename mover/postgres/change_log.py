@@ -1,0 +1,307 @@
+"""What triggers on the source have written down: implements ports.ChangeLog.
+
+The SQL and its reasons stand in `mover/sql/capture.sql`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
+
+import psycopg
+from psycopg import errors, sql
+
+from mover.core.changes import Delete, Insert, Relation, RelationColumn, Row, RowChange, Seen, Truncated
+from mover.core.copying import CopiedRanges
+from mover.core.copytext import decode_row
+from mover.core.errors import PlanOutdated, Where
+from mover.core.ids import Lsn, MigrationId, Side, TableRef, TenantId
+from mover.core.membership import Values
+from mover.core.rowtext import parse_row
+from mover.core.snapshot import Snapshot
+from mover.core.tables import MovedTable, Shape
+from mover.postgres import holdings, owner, ranges
+from mover.postgres.capture import CAME, EMPTIED, KEY, log_of
+from mover.postgres.connect import Database, Identity
+from mover.postgres.errors import translate
+from mover.postgres.points import Point, Points, take_snapshot
+from mover.sql import load
+
+BATCH_ROWS, BATCH_BYTES = 5_000, 8 << 20
+FORGET_ROWS = 2_000  # at a time: some milliseconds, for which a cutover may have to wait
+Connection = psycopg.AsyncConnection[tuple[Any, ...]]
+
+
+class PgChangeLog:
+    """Keeps a connection for the steps beside those that `points` keeps."""
+
+    def __init__(
+        self,
+        label: str,
+        points: Points,
+        conn: Connection,
+        shape: Shape,
+        tenant: TenantId,
+        identity: Identity,
+    ) -> None:
+        self.label, self.tenant = label, tenant
+        self.tables = {table.source: table for table in shape.tables}
+        self._identity, self._points, self._conn = identity, points, conn
+        self._relations: dict[int, Relation] = {}
+        self._forgotten_before = 0  # the transaction id
+        self._numbers: dict[TableRef, int] = {}  # each table's oid, for as long as it is the planned one
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, database: Database, points: Points, shape: Shape, tenant: TenantId, identity: Identity
+    ) -> AsyncIterator[PgChangeLog]:
+        async with database.connect("log") as conn:
+            log = cls(database.label, points, conn, shape, tenant, identity)
+            with translate(database.label):
+                for table in log.tables:
+                    row = await (await conn.execute(_OID, (table.schema, table.name))).fetchone()
+                    if row is None or row[0] is None:
+                        raise _outdated(table)
+                    log._numbers[table] = row[0]
+            yield log
+
+    @property
+    def migration(self) -> MigrationId:
+        return self._identity.migration
+
+    @property
+    def numbers(self) -> Mapping[TableRef, int]:
+        return self._numbers
+
+    @asynccontextmanager
+    async def consistent_point(self) -> AsyncIterator[PgLoggedPoint]:
+        async with self._points.consistent_point() as point:
+            yield PgLoggedPoint(point.snapshot, point.snapshot_id, self.label, point.conn, self)
+
+    @asynccontextmanager
+    async def next_point(self) -> AsyncIterator[PgLoggedPoint]:
+        async with AsyncExitStack() as stack:
+            with translate(self.label):
+                await stack.enter_async_context(self._conn.transaction())
+                snapshot, snapshot_id = await take_snapshot(self._conn)
+            yield PgLoggedPoint(snapshot, snapshot_id, self.label, self._conn, self)
+
+    async def mark(self) -> str:
+        return await self._points.mark()
+
+    async def wal_lsn(self) -> Lsn:
+        return await self._points.wal_lsn()
+
+    async def forget(self, seen: Snapshot) -> bool:
+        facts = {
+            "relations": list(self._numbers.values()),
+            "since": str(self._forgotten_before),
+            "before": str(seen.xmin),
+            "limit": FORGET_ROWS,
+        }
+        statement = sql.SQL(load("capture")["forget"]).format(log=log_of(self.migration))
+        with translate(self.label):
+            async with self._conn.transaction():
+                await owner.hold(self._conn, self._identity)
+                deleted = (await self._conn.execute(statement, facts)).rowcount
+        if deleted < FORGET_ROWS:
+            self._forgotten_before = seen.xmin
+        return deleted == FORGET_ROWS
+
+    def relation(self, found: Relation) -> Relation:
+        """The same object as long as nothing has changed, for those who keep something by it."""
+        known = self._relations.get(found.oid)
+        if known != found:
+            known = self._relations[found.oid] = found
+        return known
+
+
+@dataclass(frozen=True, slots=True)
+class PgLoggedPoint(Point):
+    """Implements ports.LoggedPoint."""
+
+    log: PgChangeLog = field(repr=False)
+
+    async def changes_since(self, snapshot: Snapshot) -> PgChangesSince:
+        is_new = _is_new(snapshot)
+        query = sql.SQL(load("capture")["new_entries"]).format(log=log_of(self.log.migration), is_new=is_new)
+        changes = PgChangesSince(self, is_new)
+        facts = {"relations": list(self.log.numbers.values())}
+        with translate(self.label):
+            found = await (await self.conn.execute(query, facts)).fetchall()
+            for oid, part, schema, name, names, types, modifiers in found:
+                table = self._planned(oid, schema, name)
+                columns = zip(names, types, modifiers, strict=True)
+                relation = Relation(
+                    oid,
+                    table.source,
+                    "d" if table.key else "f",  # with a key it is told by that, without one by all values
+                    tuple(RelationColumn(n, n in table.key, type, mod) for n, type, mod in columns),
+                )
+                changes.relations[oid] = self.log.relation(relation)
+                changes.parts.setdefault(oid, set()).add(part)
+            await changes.read_values()
+        return changes
+
+    def _planned(self, oid: int, schema: str | None, name: str | None) -> MovedTable:
+        table = self.log.tables.get(TableRef(schema, name)) if schema and name else None
+        if table is None or self.log.numbers[table.source] != oid:
+            raise _outdated(TableRef(schema or "?", name or f"(dropped, {oid})"))
+        return table
+
+
+@dataclass(slots=True)
+class PgChangesSince:
+    """Implements ports.ChangesSince."""
+
+    point: PgLoggedPoint
+    is_new: sql.Composed
+    relations: dict[int, Relation] = field(default_factory=dict)
+    parts: dict[int, set[int]] = field(default_factory=dict)
+    truncated: list[Truncated] = field(default_factory=list)
+    rehomed: Values = field(default_factory=dict)
+    _whole: list[tuple[Relation, Counter[str]]] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.parts
+
+    async def read_values(self) -> None:
+        """Everything but the keys of changed rows, of which there are few."""
+        for oid, parts in self.parts.items():
+            if parts == {KEY}:
+                continue
+            relation = self.relations[oid]
+            table = self.point.log.tables[relation.table]
+            whole = Counter[str]()
+            query = self._query("written_values", relation=sql.Literal(oid))
+            for part, value, count in await (await self.point.conn.execute(query)).fetchall():
+                if part > KEY:
+                    reference = (relation.table, table.referenced[part - 1])
+                    self.rehomed.setdefault(reference, set()).add(tuple(value))
+                elif part == EMPTIED:
+                    self.truncated.append(Truncated(relation.table, TableRef(*value) if value else None))
+                else:
+                    whole[value[0]] += count if part == CAME else -count
+            if whole:
+                self._whole.append((relation, whole))
+
+    @property
+    def tables(self) -> Collection[TableRef]:
+        return {relation.table for relation in self.relations.values()}
+
+    async def rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[Seen]]:
+        batch: list[Seen] = []
+        size_bytes = 0
+        for oid, relation in self.relations.items():
+            there = copied.get(relation.table)
+            if KEY not in self.parts[oid] or there is None or there.nothing:
+                continue
+            async for seen, line_bytes in self._rows_of(relation, there):
+                batch.append(seen)
+                size_bytes += line_bytes
+                if len(batch) >= BATCH_ROWS or size_bytes >= BATCH_BYTES:
+                    yield batch
+                    batch, size_bytes = [], 0
+        if batch:
+            yield batch
+
+    async def _rows_of(self, relation: Relation, copied: CopiedRanges) -> AsyncIterator[tuple[Seen, int]]:
+        table = self.point.log.tables[relation.table]
+        names = [column.name for column in relation.columns]
+        if not set(table.key) <= set(names):
+            raise _outdated(relation.table)
+        key_at = [names.index(name) for name in table.key]
+        query = self._changed_rows(relation, table, names, copied)
+        with translate(self.point.label):
+            try:
+                async with self.point.conn.cursor() as cursor, cursor.copy(query) as copy:
+                    async for block in copy:
+                        for line in bytes(block).splitlines():  # a row is never cut
+                            yield _seen(relation, decode_row(line), len(table.key), key_at), len(line)
+            except (errors.UndefinedColumn, errors.UndefinedTable) as error:
+                raise _outdated(relation.table) from error
+
+    async def whole_rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[RowChange]]:
+        for relation, net in self._whole:
+            there = copied.get(relation.table)
+            if there is not None and not there.nothing:
+                yield list(self._net_changes(relation, net))
+
+    def _net_changes(self, relation: Relation, net: Counter[str]) -> Iterator[RowChange]:
+        table = self.point.log.tables[relation.table]
+        tenant_at = [column.name == table.tenant_column for column in relation.columns].index(True)
+        for text, count in net.items():
+            row = self._parsed(relation, table, text)
+            if row[tenant_at] == str(self.point.log.tenant).encode():
+                change = Insert(relation, row) if count > 0 else Delete(relation, row)
+                yield from repeat(change, abs(count))
+
+    def _parsed(self, relation: Relation, table: MovedTable, text: str) -> Row:
+        """A row's text does not say which columns it had: those that came since are NULL in it."""
+        stored = table.columns
+        values = parse_row(text)
+        values += [None] * (len(stored) - len(values))
+        row = [v for v, column in zip(values, stored, strict=False) if not column.generated]
+        if len(values) != len(stored) or len(row) != len(relation.columns):
+            raise _outdated(relation.table)
+        return row
+
+    def _changed_rows(
+        self, relation: Relation, table: MovedTable, names: Sequence[str], copied: CopiedRanges
+    ) -> sql.Composed:
+        written = [
+            sql.SQL("(l.value)[{}]::{} AS {}").format(
+                sql.Literal(number),
+                ranges.type_on(column, Side.SOURCE),
+                sql.Identifier(column.name),
+            )
+            for number, column in enumerate(table.key_columns, start=1)
+        ]
+        return self._query(
+            "changed_rows",
+            relation=sql.Literal(relation.oid),
+            written=sql.SQL(", ").join(written),
+            keys=ranges.columns(table.key_columns, "k"),
+            found_keys=ranges.columns(table.key_columns, "t"),
+            values=sql.SQL(", ").join(sql.Identifier("t", name) for name in names),
+            table=holdings.named(table.source),
+            tenants=holdings.is_tenants(table.holding(Side.SOURCE), "t", self.point.log.tenant),
+            copied=ranges.in_ranges(table, "t", copied, Side.SOURCE),
+        )
+
+    def _query(self, name: str, **parts: sql.Composable) -> sql.Composed:
+        log = log_of(self.point.log.migration)
+        return sql.SQL(load("capture")[name]).format(log=log, is_new=self.is_new, **parts)
+
+
+def _seen(relation: Relation, values: Row, keys: int, key_at: Sequence[int]) -> Seen:
+    key: Row = [None] * len(relation.columns)
+    for at, value in zip(key_at, values[:keys], strict=True):
+        key[at] = value
+    row = values[keys:]
+    return Seen(relation, key, None if row[key_at[0]] is None else row)
+
+
+def _is_new(since: Snapshot) -> sql.Composed:
+    """What `since` does not see, of what the reading transaction does: by ranges of the index, so that its
+    cost is that of what is new, however much an old transaction keeps from being removed."""
+    later = sql.SQL("l.xid >= {}::xid8").format(sql.Literal(str(since.xmax)))
+    if not since.in_progress:
+        return sql.SQL("({})").format(later)
+    running = [str(xid) for xid in sorted(since.in_progress)]
+    return sql.SQL("({} OR l.xid = ANY ({}::xid8[]))").format(later, sql.Literal(running))
+
+
+def _outdated(table: TableRef) -> PlanOutdated:
+    return PlanOutdated(
+        f"{table} is another table now than when the migration was planned", where=Where(table=table)
+    )
+
+
+_OID = "SELECT to_regclass(format('%%I.%%I', %s::text, %s::text))::oid"

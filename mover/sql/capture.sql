@@ -1,0 +1,125 @@
+-- Capture by triggers: what the guards write down of the tenant's rows, for servers that offer no logical
+-- decoding. One log a migration; an entry says that a row changed, not how:
+--
+--   part  0  the row that has `value` in its key's columns
+--         n  those that refer to the row that has `value` in the n-th of the columns referred to
+--        -1  the whole table was emptied, or the partition that `value` names by schema and name
+--        -2  a row of a table without a key is gone, as text; -3: it came
+--
+-- The xid is the top-level transaction's, also of what a savepoint wrote.
+
+-- name: make_log
+-- Locks nothing of the application's; repeatable. Entries live for seconds: it is vacuumed by their number.
+-- A publication of all tables would refuse to have rows deleted that have no replica identity.
+DO $make$
+BEGIN
+    IF to_regclass({name}) IS NULL THEN
+        CREATE TABLE mover.{log} (
+            xid xid8 NOT NULL,
+            relation oid NOT NULL,
+            part smallint NOT NULL,
+            value text[]
+        ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000,
+                autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_threshold = 20000);
+        CREATE INDEX {index} ON mover.{log} (relation, xid);
+        ALTER TABLE mover.{log} REPLICA IDENTITY FULL;
+    END IF;
+END
+$make$
+
+-- name: log_bytes
+-- Reads only; locks nothing of the application's.
+SELECT coalesce(pg_total_relation_size(to_regclass(%(name)s)), 0)
+
+-- name: drop_log
+-- Locks: ACCESS EXCLUSIVE on the log, which nobody uses any more: the triggers are gone, and so were their
+-- callers then, or the tenant has left. Repeatable.
+DROP TABLE IF EXISTS mover.{log}
+
+-- name: row_function
+-- Some of a row's values as text. Depends on the columns, not on their names: a new name breaks no write.
+-- Locks nothing of the application's; repeatable.
+CREATE OR REPLACE FUNCTION mover.{function}({table}) RETURNS text[] LANGUAGE sql
+BEGIN ATOMIC
+    SELECT {values};
+END
+
+-- name: capture_function
+-- A guard that writes down what it has let pass. Values are written as we write them, whatever the writer's
+-- settings. Locks nothing of the application's; repeatable.
+CREATE OR REPLACE FUNCTION mover.{function}() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO, MDY'
+    SET intervalstyle = 'postgres' SET timezone = 'UTC' SET extra_float_digits = 1 SET bytea_output = 'hex'
+AS $capture$
+DECLARE
+    state bigint;
+BEGIN
+    IF pg_try_advisory_xact_lock_shared({key}) THEN
+        SELECT last_value INTO state FROM mover.{state_sequence};
+    END IF;
+    IF state IS DISTINCT FROM 1 THEN
+        PERFORM mover.{ask_function}();
+    END IF;
+    INSERT INTO mover.{log} (xid, relation, part, value) VALUES {entries};
+    RETURN NULL;
+END
+$capture$
+
+-- name: capture_rekey
+-- A row whose key changed is written down under both. Locks: SHARE ROW EXCLUSIVE on the table, under our
+-- lock timeout; repeatable.
+CREATE OR REPLACE TRIGGER {rekey_trigger} AFTER UPDATE ON {table} FOR EACH ROW
+    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value}
+          AND ROW({old_key}) IS DISTINCT FROM ROW({new_key}) AND {updated})
+    EXECUTE FUNCTION mover.{rekey_function}();
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {rekey_trigger}
+
+-- name: capture_rehome
+-- Those that refer to a row come or go with it, without a change of their own. Locks as above; repeatable.
+CREATE OR REPLACE TRIGGER {rehome_trigger} AFTER UPDATE ON {table} FOR EACH ROW
+    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value}
+          AND ROW({old_values}) IS DISTINCT FROM ROW({new_values}) AND {updated})
+    EXECUTE FUNCTION mover.{rehome_function}();
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {rehome_trigger}
+
+-- name: new_entries
+-- The kinds of entries that a snapshot sees and an earlier one did not; and the tables' columns, as that
+-- snapshot sees them; in the tables' order. Reads only.
+SELECT e.relation, e.part, n.nspname, c.relname, a.names, a.types, a.modifiers
+  FROM unnest(%(relations)s::oid[]) WITH ORDINALITY AS r (relation, place)
+ CROSS JOIN LATERAL (
+       SELECT DISTINCT l.relation, l.part FROM mover.{log} AS l
+        WHERE l.relation = r.relation AND {is_new}) AS e
+  LEFT JOIN pg_class c ON c.oid = e.relation
+  LEFT JOIN pg_namespace n ON n.oid = c.relnamespace
+ CROSS JOIN LATERAL (
+       SELECT array_agg(attname::text ORDER BY attnum) AS names,
+              array_agg(atttypid::bigint ORDER BY attnum) AS types,
+              array_agg(atttypmod ORDER BY attnum) AS modifiers
+         FROM pg_attribute
+        WHERE attrelid = e.relation AND attnum > 0 AND NOT attisdropped AND attgenerated = '') AS a
+ ORDER BY r.place
+
+-- name: changed_rows
+-- What became of the rows that are written down: their keys, and all of their values where they are the
+-- tenant's. Reads only.
+COPY (SELECT {keys}, {values}
+        FROM (SELECT DISTINCT {written} FROM mover.{log} AS l
+               WHERE l.relation = {relation} AND l.part = 0 AND {is_new}) AS k
+        LEFT JOIN {table} AS t ON ({keys}) = ({found_keys}) AND {tenants} AND {copied}) TO STDOUT
+
+-- name: written_values
+-- The other entries of one table, each value once. Reads only.
+SELECT l.part, l.value, count(*) FROM mover.{log} AS l
+ WHERE l.relation = {relation} AND l.part <> 0 AND {is_new} GROUP BY l.part, l.value
+
+-- name: forget
+-- Under the owner's row: entries that every snapshot from now on sees, and the target's durable one did.
+-- One batch, from where it left off: what was deleted may stay there as long as anybody's old snapshot
+-- lives, and would be walked over each time. Deleting twice changes nothing.
+DELETE FROM mover.{log} WHERE ctid = ANY (ARRAY(
+    SELECT l.ctid FROM unnest(%(relations)s::oid[]) AS r (relation)
+     CROSS JOIN LATERAL (SELECT l.ctid FROM mover.{log} AS l
+                          WHERE l.relation = r.relation AND l.xid >= %(since)s::xid8
+                            AND l.xid < %(before)s::xid8 LIMIT %(limit)s) AS l
+     LIMIT %(limit)s))
