@@ -193,11 +193,17 @@ class ForeignKey:
     parent: TableRef
     child_columns: tuple[str, ...]
     parent_columns: tuple[str, ...]
-    deferrable: bool = False
     validated: bool = True
     indexed: bool = True  # an index finds the children of a parent
     on_delete: str = "a"  # as pg_constraint has it: no action, restrict, cascade, set null, set default
     on_update: str = "a"
+
+    @property
+    def waits(self) -> tuple[str, ...]:
+        """After which changes of the parent its children may stay as they are, for another row with its
+        values. NO ACTION is checked when the statement has ended, or the transaction; RESTRICT at once."""
+        actions = {"delete": self.on_delete, "update": self.on_update}
+        return tuple(event for event, action in actions.items() if action == "a")
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,18 +60,18 @@ class Membership:
     keys: dict[TableRef, set[Key]]
     values: Values
     rehomed: Values = field(default_factory=dict)  # with those noted earlier in the transaction
-    # Rows may be there before the one that they refer to, where one statement makes both or the foreign key
-    # is DEFERRABLE: what was not the tenant's when rows referred to it, or other tenants' rows gave up. The
-    # tenant's may take it later.
+    # Rows may be there before the one that they refer to, as long as the statement runs, or the transaction
+    # where the foreign key is DEFERRABLE: what was not the tenant's when rows referred to it, or other
+    # tenants' rows gave up. The tenant's may take it later.
     awaited: Values = field(default_factory=dict)
     # What the tenant's rows gave up there: another tenant's may have taken it, with those that refer to it.
     left: Values = field(default_factory=dict)
     has_crossed: bool = False  # whether a row came to the tenant, or left, without being made or deleted
-    deferred: set[Reference] = field(init=False)
+    waiting: set[tuple[Reference, str]] = field(init=False)
 
     def __post_init__(self) -> None:
         owners = (owner for table in self.tables.values() for owner in table.owners)
-        self.deferred = {(owner.source, owner.referenced) for owner in owners if owner.deferrable}
+        self.waiting = {((o.source, o.referenced), event) for o in owners for event in o.waits}
 
     def tenants(self, changes: Iterable[RowChange | OwnerChange]) -> Iterator[RowChange]:
         """The changes as the tenant's rows see them, in order."""
@@ -141,7 +141,7 @@ class Membership:
             if not isinstance(change, Insert) and change.old is not None:
                 before = _given(change.relation, change.old, names)
                 is_noted = before in self.rehomed.get(reference, ())
-                self._vacate(reference, before)
+                self._vacate(reference, before, "delete" if isinstance(change, Delete) else "update")
             if isinstance(change, Delete) or (isinstance(change, Update) and change.old is None):
                 continue
             value = _given(change.relation, change.new, names)
@@ -152,9 +152,9 @@ class Membership:
             if is_noted or is_unread or value in self.awaited.get(reference, ()):
                 self._note(reference, value)
 
-    def _vacate(self, reference: Reference, value: Key) -> None:
+    def _vacate(self, reference: Reference, value: Key, event: str) -> None:
         self.values.setdefault(reference, set()).discard(value)
-        if reference in self.deferred:
+        if (reference, event) in self.waiting:
             self.left.setdefault(reference, set()).add(value)
 
     def _give_up(self, table: MovedTable, change: RowChange) -> None:

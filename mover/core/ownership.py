@@ -42,7 +42,7 @@ class Ownership:
                 referenced=key.parent_columns,
                 tenant_column=None if key.parent in self.keys else tenant_column,
                 owners=self.owners(key.parent, mapped, tenant_column),
-                deferrable=key.deferrable,
+                waits=key.waits,
             )
             for key in self.keys.get(table, ())
         )
@@ -52,9 +52,10 @@ class Ownership:
         found = (key.parent_columns for keys in self.keys.values() for key in keys if key.parent == table)
         return tuple(sorted(set(found)))
 
-    def deferred(self, table: TableRef) -> bool:
-        """Whether those rows may wait for one of its rows."""
-        return any(key.deferrable for keys in self.keys.values() for key in keys if key.parent == table)
+    def awaited(self, table: TableRef) -> tuple[str, ...]:
+        """After which changes of one of its rows those that refer to it may wait for another."""
+        keys = (key for keys in self.keys.values() for key in keys if key.parent == table)
+        return tuple(sorted({event for key in keys for event in key.waits}))
 
 
 def find_ownership(facts: Facts) -> Ownership:

@@ -59,6 +59,7 @@ def _table(data: Mapping[str, Any]) -> MovedTable:
         "key": tuple(data["key"]),
         "owners": tuple(_owner(item) for item in data.get("owners", ())),
         "referenced": tuple(tuple(names) for names in data.get("referenced", ())),
+        "awaited": tuple(data.get("awaited", ())),
     }
     return MovedTable(**{**data, **nested})
 
@@ -69,6 +70,7 @@ def _owner(data: Mapping[str, Any]) -> Owner:
         "target": _ref(data["target"]),
         "columns": tuple(data["columns"]),
         "referenced": tuple(data["referenced"]),
+        "waits": tuple(data.get("waits", ())),
         "owners": tuple(_owner(item) for item in data.get("owners", ())),
     }
     return Owner(**{**data, **nested})

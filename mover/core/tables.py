@@ -35,7 +35,9 @@ class Owner:
     referenced: tuple[str, ...]  # what they refer to, in the same order
     tenant_column: str | None  # of the table referred to; None where it is owned itself
     owners: tuple[Owner, ...] = ()
-    deferrable: bool = False  # a row may come before the one that it refers to
+    waits: tuple[
+        str, ...
+    ] = ()  # after which of `update` and `delete` the row stays, for another owner: NO ACTION
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class MovedTable:
     estimated_bytes: int = 0
     owners: tuple[Owner, ...] = ()  # any of them makes a row the tenant's; only without a tenant column
     referenced: tuple[tuple[str, ...], ...] = ()  # the columns by which owned tables refer to it
-    deferred: bool = False  # a foreign key of theirs is DEFERRABLE: they may wait for the row
+    awaited: tuple[str, ...] = ()  # after which of `update` and `delete` these may wait for the next such row
     sends_all: bool = False  # the server cannot filter by the tenant column, which is not in the key
 
     @property
@@ -85,7 +87,7 @@ class MovedTable:
     def holding(self, side: Side) -> Holding:
         table = self.source if side is Side.SOURCE else self.target
         return Holding(
-            table, self.tenant_column, ties(self.owners, side), self.referenced, self.deferred, self.key
+            table, self.tenant_column, ties(self.owners, side), self.referenced, self.awaited, self.key
         )
 
     @property
@@ -116,7 +118,7 @@ class Holding:
     tenant_column: str | None
     ties: tuple[Tie, ...] = ()
     referenced: tuple[tuple[str, ...], ...] = ()
-    deferred: bool = False
+    awaited: tuple[str, ...] = ()
     key: tuple[str, ...] = ()
 
     @property

@@ -106,6 +106,8 @@ class StreamFollower:
 
         The snapshot itself lives as long as `lifetime`."""
         async with self._turn:
+            if self._ended is not None:
+                raise self._ended  # what the stream had sent may be lost to us
             await self._drain_backlog()
             async with self._at_point(lifetime) as point:
                 try:

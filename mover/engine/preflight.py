@@ -134,7 +134,7 @@ def _moved_table(facts: Facts, classes: Classes, relation: Relation) -> MovedTab
         estimated_bytes=rows.bytes if rows else 0,
         owners=ownership.owners(relation.ref, facts.mapped, column),
         referenced=ownership.referenced(relation.ref),
-        deferred=ownership.deferred(relation.ref),
+        awaited=ownership.awaited(relation.ref),
         sends_all=facts.is_streamed and not classes.is_filtered(relation),
     )
 

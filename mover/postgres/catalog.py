@@ -185,7 +185,6 @@ def _foreign_key(row: Row) -> ForeignKey:
         parent=TableRef(row["parent_schema"], row["parent_name"]),
         child_columns=tuple(row["child_columns"]),
         parent_columns=tuple(row["parent_columns"]),
-        deferrable=row["deferrable"],
         validated=row["validated"],
         indexed=row["indexed"],
         on_delete=row["on_delete"],

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import TypeVar
 
+import psycopg
 from psycopg import sql
 
 from mover.core.changes import (
@@ -36,7 +37,7 @@ from mover.core.ids import Side, TableRef
 from mover.core.membership import Membership, referred_to
 from mover.core.presence import Missing, keys_of
 from mover.ports import ChangesSince, ConsistentPoint
-from mover.postgres import ranges, roles
+from mover.postgres import holdings, ranges, roles
 from mover.postgres.again import ReadAgain, RowsToSettle
 from mover.postgres.apply import Connection
 from mover.postgres.connect import Identity
@@ -48,6 +49,9 @@ Kind = TypeVar("Kind", Delete, Insert)
 
 class Checked(Settling):
     """Implements ports.ApplyTransaction."""
+
+    # What hangs on rows that change or go stays, until it is its turn.
+    _is_there = staticmethod(holdings.is_tenants_or_left)
 
     def __init__(
         self, tables: MovedTables, conn: Connection, identity: Identity, forces: roles.Forces
@@ -66,14 +70,27 @@ class Checked(Settling):
             part = changes[begin:end]
             if not await self._tried(self._apply(part)):
                 await self._forces.postpone_checks()
-                await self._apply(part)
+                await self._apply_or_leave(part)
+
+    async def _apply_or_leave(self, changes: Sequence[Change]) -> None:
+        """A row may give its values up to another tenant's in the same statement: what refers to them stays
+        there, and goes from here only when it is known whose it is."""
+        try:
+            async with self._conn.transaction():  # a savepoint
+                await self._apply(changes)
+        except psycopg.errors.ForeignKeyViolation:
+            await self._leave(changes)
 
     async def _apply(self, changes: Sequence[Change]) -> None:
         if not self.is_missing_rows:
             try:
                 # A savepoint: all of it is left to the point, or nothing.
                 async with self._conn.transaction():
-                    return await super()._apply(changes)
+                    await super()._apply(changes)
+                    if not self.is_missing_rows:
+                        return
+                    # What was left behind could not be told from nobody's rows any more.
+                    raise _AtThePoint
             except _AtThePoint:
                 pass
         await self._leave(changes)

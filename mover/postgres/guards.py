@@ -88,7 +88,7 @@ class Guards:
             return (*capture.telling(holding), *handing_over)
         if holding.tenant_column is None or not holding.referenced:
             return handing_over
-        return ("rehome", "rekey", "vacate", *handing_over) if holding.deferred else ("rehome", *handing_over)
+        return ("rehome", *_vacating(holding), *handing_over)
 
     async def standing(self, conn: Connection) -> Standing:
         """The tables that carry triggers of this place, a partitioned one before its partitions, whose row
@@ -255,9 +255,8 @@ class Guards:
             "old_values": _values("OLD", names),
             "new_values": _values("NEW", names),
         }
-        queries = ["tell_of_rehoming", *(["tell_of_vacating"] if holding.deferred else [])]
-        for query in queries:
-            await self._under_lock_timeout(conn, self._sql(query, **parts), table, say)
+        for kind in ("rehome", *_vacating(holding)):
+            await self._under_lock_timeout(conn, self._sql(f"tell_of_{kind}", **parts), table, say)
 
     async def _capture_moves(
         self, conn: Connection, holding: Holding, updated: sql.Composable, say: Say
@@ -339,6 +338,12 @@ def _refers(tie: Tie, columns: Sequence[str]) -> sql.Composed:
 
 def _key(number: int) -> sql.Identifier:
     return sql.Identifier(f"key_{number}")
+
+
+def _vacating(holding: Holding) -> tuple[str, ...]:
+    """The triggers that tell which values others' rows gave up, for which the tenant's may wait."""
+    kinds = {"update": "rekey", "delete": "vacate"}
+    return tuple(kind for event, kind in kinds.items() if event in holding.awaited)
 
 
 def _values(row: str, names: Iterable[str]) -> sql.Composed:

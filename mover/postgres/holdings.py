@@ -28,6 +28,35 @@ def is_not_others(holding: Holding, alias: str, tenant: TenantId) -> sql.Compose
     return sql.SQL("NOT {}").format(_is_others(holding, alias, tenant))
 
 
+def is_tenants_or_left(holding: Holding, alias: str, tenant: TenantId) -> sql.Composed:
+    """The same where an owner may have changed its values, or gone, earlier in our transaction: the row is
+    the tenant's if it refers to nothing. One that has no reference at all is nobody's."""
+    if holding.tenant_column is not None:
+        return is_tenants(holding, alias, tenant)
+    return sql.SQL("({} AND {})").format(
+        _has_no_strange_owner(holding, alias, tenant), is_not_others(holding, alias, tenant)
+    )
+
+
+def _has_no_strange_owner(holding: Holding, alias: str, tenant: TenantId) -> sql.Composed:
+    """Whether through one of the foreign keys there is either no row, or the tenant's."""
+    if holding.tenant_column is not None:
+        return is_tenants(holding, alias, tenant)
+    parent = f"{alias}o"
+    template = "(({}) IS NOT NULL AND NOT EXISTS (SELECT FROM {} AS {} WHERE {} AND NOT {}))"
+    parts = [
+        sql.SQL(template).format(
+            sql.SQL(", ").join(sql.Identifier(alias, name) for name in tie.columns),
+            named(tie.parent.table),
+            sql.Identifier(parent),
+            _joined(tie, {name: sql.Identifier(alias, name) for name in tie.columns}, parent),
+            _has_no_strange_owner(tie.parent, parent, tenant),
+        )
+        for tie in holding.ties
+    ]
+    return sql.SQL("({})").format(sql.SQL(" OR ").join(parts))
+
+
 def _is_others(holding: Holding, alias: str, tenant: TenantId) -> sql.Composed:
     if holding.tenant_column is not None:
         column = sql.Identifier(alias, holding.tenant_column)
@@ -47,14 +76,19 @@ def _any_owner(
     template = "EXISTS (SELECT FROM {} AS {} WHERE {} AND {})"
     parts = []
     for tie in holding.ties:
-        joined = sql.SQL(" AND ").join(
-            sql.SQL("{} = {}").format(sql.Identifier(parent, theirs), values[ours])
-            for ours, theirs in zip(tie.columns, tie.referenced, strict=True)
-        )
+        joined = _joined(tie, values, parent)
         parts.append(
             sql.SQL(template).format(named(tie.parent.table), sql.Identifier(parent), joined, condition(tie))
         )
     return sql.SQL("({})").format(sql.SQL(" OR ").join(parts))
+
+
+def _joined(tie: Tie, values: Mapping[str, sql.Composable], parent: str) -> sql.Composed:
+    """Whether the row `parent` is the one that the `values` refer to."""
+    return sql.SQL(" AND ").join(
+        sql.SQL("{} = {}").format(sql.Identifier(parent, theirs), values[ours])
+        for ours, theirs in zip(tie.columns, tie.referenced, strict=True)
+    )
 
 
 def owning_columns(holding: Holding) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ from mover.postgres.apply import Transaction
 class Settling(Transaction):
     """Implements ports.ApplyTransaction; the whole of it where changes come from a log."""
 
+    _is_there = staticmethod(holdings.is_tenants)
+
     async def settle(self, changes: ChangesSince, point: ConsistentPoint) -> Counter[str]:
         done = Counter[str]()
         # Children first, for where foreign keys are in force.
@@ -85,7 +87,7 @@ class Settling(Transaction):
     async def _there(self, ref: TableRef, keys: list[Key]) -> set[Key]:
         """Those that are the tenant's on the target: what hangs on rows that are gone has been removed."""
         table = self._tables.merge(ref).table
-        return await self._tables.owned.there(self._conn, table, table.key, keys, holdings.is_tenants)
+        return await self._tables.owned.there(self._conn, table, table.key, keys, self._is_there)
 
 
 def _change(seen: Seen, is_there: bool) -> RowChange | None:

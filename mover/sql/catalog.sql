@@ -165,7 +165,7 @@ SELECT c.conname::text AS name, cn.nspname::text AS child_schema, ct.relname::te
          AS child_columns,
        ARRAY(SELECT a.attname::text FROM unnest(c.confkey) WITH ORDINALITY k(num, ord)
                JOIN pg_attribute a ON a.attrelid = c.confrelid AND a.attnum = k.num ORDER BY k.ord)
-         AS parent_columns, c.condeferrable AS deferrable, c.convalidated AS validated,
+         AS parent_columns, c.convalidated AS validated,
        c.confdeltype::text AS on_delete, c.confupdtype::text AS on_update,
        EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.conrelid AND i.indisvalid AND i.indpred IS NULL
                    AND i.indkey[0] = ANY (c.conkey)) AS indexed

@@ -268,7 +268,7 @@ CREATE OR REPLACE TRIGGER {hand_over_trigger} AFTER UPDATE ON {table} FOR EACH R
     EXECUTE FUNCTION mover.{hand_over_function}();
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {hand_over_trigger}
 
--- name: tell_of_rehoming
+-- name: tell_of_rehome
 -- On a table to which owned rows refer. Locks as above; repeatable.
 CREATE OR REPLACE TRIGGER {rehome_trigger} AFTER UPDATE ON {table} FOR EACH ROW
     WHEN (OLD.{column} IS DISTINCT FROM NEW.{column}
@@ -277,18 +277,22 @@ CREATE OR REPLACE TRIGGER {rehome_trigger} AFTER UPDATE ON {table} FOR EACH ROW
     EXECUTE FUNCTION mover.{tell_function}('mover.rehome', {numbers});
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {rehome_trigger};
 
--- name: tell_of_vacating
--- Where a foreign key of the owned rows is DEFERRABLE, so that they may wait for the next row with the same
--- values. The tenant's own rows are in the stream. Locks as above; repeatable.
+-- name: tell_of_rekey
+-- Where a foreign key of the owned rows takes NO ACTION, so that they may wait for the next row with the same
+-- values: as long as the statement runs, or the transaction. The tenant's own rows are in the stream. Locks
+-- as above; repeatable.
 CREATE OR REPLACE TRIGGER {rekey_trigger} AFTER UPDATE ON {table} FOR EACH ROW
     WHEN (OLD.{column} IS DISTINCT FROM {tenant_value} AND ROW({old_values}) IS DISTINCT FROM ROW({new_values})
           AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value})
     EXECUTE FUNCTION mover.{tell_function}('mover.vacate', {numbers});
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {rekey_trigger};
+
+-- name: tell_of_vacate
+-- The same of a row that goes. Locks as above; repeatable.
 CREATE OR REPLACE TRIGGER {vacate_trigger} AFTER DELETE ON {table} FOR EACH ROW
     WHEN (OLD.{column} IS DISTINCT FROM {tenant_value}
           AND current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value})
     EXECUTE FUNCTION mover.{tell_function}('mover.vacate', {numbers});
-ALTER TABLE {table} ENABLE ALWAYS TRIGGER {rekey_trigger};
 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {vacate_trigger};
 
 -- name: column_numbers

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from mover.core.copying import CopiedRanges
-from mover.core.errors import Unreachable
+from mover.core.errors import ApplyConflict, Unreachable
 from mover.core.snapshot import Snapshot
 from mover.engine import follow_stream
 from tests.conftest import every_combination
@@ -62,6 +62,22 @@ async def test_a_follower_that_starts_again_applies_nothing_twice(pair, capture)
                 async with r.following():
                     assert await differences_at_a_point(r) == []
         async with r.following():
+            await expect_equal(r)
+
+
+async def test_no_point_passes_over_a_batch_that_could_not_be_applied(pair, capture):
+    """Its changes were taken from the stream: whoever waited for a turn meanwhile must not go on without."""
+    async with rig(pair.source, pair.target, capture=capture) as r:
+        async with r.following() as task:
+            await r.copy().run()
+            execute(pair.target, "insert into app.item (tenant_id, id) values (%s, 8000001)", OTHER)
+            execute(pair.source, "insert into app.item (tenant_id, id) values (%s, 8000001)", TENANT)
+            await asyncio.wait([task])
+            with pytest.raises(ApplyConflict):
+                await differences_at_a_point(r)
+        execute(pair.target, "delete from app.item where id = 8000001")
+        async with r.following():
+            assert await differences_at_a_point(r) == []
             await expect_equal(r)
 
 

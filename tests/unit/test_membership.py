@@ -96,7 +96,7 @@ def test_what_entered_is_looked_for_under_its_later_key_too():
 
 
 def test_a_child_that_came_before_its_parent_is_looked_for_again():
-    early = owner(BINDERS, "binder", tenant_column="tenant", deferrable=True)
+    early = owner(BINDERS, "binder", tenant_column="tenant", waits=("update", "delete"))
     sheets = moved(SHEETS, "id binder body", tenant_column=None, owners=(early,))
     known = Membership({**TABLES, SHEETS: sheets}, "T", key_of, {}, {})
     parent = Insert(BINDER, row("b", "T"))
@@ -132,8 +132,8 @@ def test_the_target_is_asked_for_owned_rows_and_for_what_they_refer_to():
 
 def waiting(keys=None, values=None) -> Membership:
     """Sheets may wait for their binder, and marks for their sheet."""
-    of_binders = owner(BINDERS, "binder", tenant_column="tenant", deferrable=True)
-    of_sheets = owner(SHEETS, "sheet", tenant_column=None, owners=(of_binders,), deferrable=True)
+    of_binders = owner(BINDERS, "binder", tenant_column="tenant", waits=("update", "delete"))
+    of_sheets = owner(SHEETS, "sheet", tenant_column=None, owners=(of_binders,), waits=("update", "delete"))
     tables = {
         BINDERS: TABLES[BINDERS],
         SHEETS: replace(TABLES[SHEETS], owners=(of_binders,)),

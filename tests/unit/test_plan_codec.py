@@ -18,7 +18,7 @@ texts = st.lists(names, max_size=2).map(tuple)
 owners = st.recursive(
     st.just(()),
     lambda deeper: st.lists(
-        st.builds(Owner, tables, tables, texts, texts, st.none() | names, deeper, st.booleans()), max_size=2
+        st.builds(Owner, tables, tables, texts, texts, st.none() | names, deeper, texts), max_size=2
     ).map(tuple),
     max_leaves=3,
 )
@@ -33,6 +33,7 @@ moved = st.builds(
     estimated_bytes=st.integers(0, 2**40),
     owners=owners,
     referenced=st.lists(texts, max_size=2).map(tuple),
+    awaited=texts,
 )
 shapes = st.builds(
     Shape,
