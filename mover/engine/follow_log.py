@@ -38,6 +38,7 @@ class LogFollower:
     _in_doubt: bool = False  # whether the target has committed the last step, nobody has told
     _ended: BaseException | None = None
     _forgotten: Snapshot | None = None
+    _next_at: float = 0.0  # on the event loop's clock, if nobody asks before
 
     async def start(self) -> None:
         await self._ask_the_target()
@@ -48,11 +49,14 @@ class LogFollower:
         self._durable, self._in_doubt = self._snapshot, False
 
     async def run(self) -> None:
+        clock = asyncio.get_running_loop().time
         while True:
+            # Under the fence nothing comes after the last step: the next one would only be in the way.
+            while (early_s := self._next_at - clock()) > 0:
+                await asyncio.sleep(early_s)
             async with self._turn:
                 await self._step()
                 await self._forget()
-            await asyncio.sleep(INTERVAL_S)
 
     async def reached(self, mark: str) -> None:
         """A snapshot that is taken now sees everything that committed before the mark."""
@@ -94,6 +98,7 @@ class LogFollower:
         if self._snapshot is not None:
             async with self.log.next_point() as point:
                 await self._settle(point)
+        self._next_at = asyncio.get_running_loop().time() + INTERVAL_S
 
     async def _settle(self, point: LoggedPoint) -> None:
         """One target transaction, from the snapshot that it stands at to the point's."""

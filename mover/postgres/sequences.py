@@ -65,15 +65,15 @@ class PgSequences:
         self._connections: tuple[Connection, Connection] | None = None
 
     async def get_ready(self) -> None:
-        """On a target with other tenants also leave a gap, so that nothing is locked under the fence."""
+        """Carries what there is so far; on a target with other tenants with a gap, so that nothing is locked
+        under the fence. What is read there is prepared by then."""
         await self.close()
         source = await self._open.enter_async_context(self._source.connect("sequences"))
         target = await self._open.enter_async_context(
             self._target.connect("sequences", lock_timeout="200ms", synchronous_commit="on")
         )
         self._connections = source, target
-        if not self._shape.fresh:
-            await self._carry(GAP)
+        await self._carry(GAP)
 
     async def close(self) -> None:
         self._connections = None
@@ -146,12 +146,11 @@ async def _positions(conn: Connection, names: Mapping[SequenceRef, TableRef]) ->
         " CASE WHEN d.seqincrement > 0 THEN d.seqmax ELSE d.seqmin END"
         " FROM {sequence} AS s JOIN pg_sequence AS d ON d.seqrelid = s.tableoid"
     )
-    found = await conn.execute(
-        sql.SQL(" UNION ALL ").join(
-            one.format(number=sql.Literal(number), sequence=sql.Identifier(name.schema, name.name))
-            for number, name in enumerate(names.values())
-        )
+    query = sql.SQL(" UNION ALL ").join(
+        one.format(number=sql.Literal(number), sequence=sql.Identifier(name.schema, name.name))
+        for number, name in enumerate(names.values())
     )
+    found = await conn.execute(query, prepare=True)
     order = list(names)
     return {order[number]: Position(*rest) for number, *rest in await found.fetchall()}
 
