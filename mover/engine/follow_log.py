@@ -51,12 +51,12 @@ class LogFollower:
     async def run(self) -> None:
         clock = asyncio.get_running_loop().time
         while True:
-            # Under the fence nothing comes after the last step: the next one would only be in the way.
-            while (early_s := self._next_at - clock()) > 0:
-                await asyncio.sleep(early_s)
+            await asyncio.sleep(max(0.0, self._next_at - clock()))
             async with self._turn:
-                await self._step()
-                await self._forget()
+                # Under the fence nothing comes after the last step: the next one would only be in the way.
+                if clock() >= self._next_at:
+                    await self._step()
+                    await self._forget()
 
     async def reached(self, mark: str) -> None:
         """A snapshot that is taken now sees everything that committed before the mark."""

@@ -24,6 +24,11 @@ KEY: Final = 0
 EMPTIED: Final = -1
 GONE: Final = -2
 CAME: Final = -3
+HOME: Final = -4  # no entry: whose the row is, and what others refer to it by
+_SETTINGS: Final = (
+    "SET datestyle = 'ISO, MDY' SET intervalstyle = 'postgres' SET timezone = 'UTC'"
+    " SET extra_float_digits = 1 SET bytea_output = 'hex'"
+)
 Entry: TypeAlias = tuple[int, str]  # what is written down, of the row OLD or NEW
 
 
@@ -64,33 +69,43 @@ class Capture:
         self, conn: Connection, holding: Holding, constants: dict[str, sql.Composable]
     ) -> None:
         """Those that the triggers of one table call; in the caller's transaction."""
+        row_functions = {part: self._row_function(holding.table, part) for part in _parts(holding)}
         for part, columns in _parts(holding).items():
             values = [sql.SQL("($1).{}::text").format(sql.Identifier(column)) for column in columns]
             values = values or [sql.SQL("($1)::text").format()]
             parts = {
-                "function": self._row_function(holding.table, part),
+                "function": row_functions[part],
                 "table": named(holding.table),
                 "values": sql.SQL("ARRAY[{}]").format(sql.SQL(", ").join(values)),
             }
             await conn.execute(sql.SQL(load("capture")["row_function"]).format(**parts))
         oid = await oid_of(conn, holding.table)
-        for kind, entries in _entries(holding).items():
-            written = sql.SQL(", ").join(
-                sql.SQL("(pg_current_xact_id(), {}, {}, mover.{}({}))").format(
-                    sql.Literal(oid),
-                    sql.Literal(part),
-                    self._row_function(holding.table, part),
-                    sql.SQL("NEW" if which == "NEW" else "OLD"),
-                )
-                for part, which in entries
-            )
+        settings = sql.SQL("" if await _are_plain(conn, oid, holding) else _SETTINGS)
+        for kind, writes in _writes(holding).items():
             parts = {
                 **constants,
                 "function": self.function(holding.table, kind),
-                "log": log_of(self.migration),
-                "entries": written,
+                "settings": settings,
+                "writes": sql.SQL("; ").join(self._write(holding.table, oid, write) for write in writes),
             }
             await conn.execute(sql.SQL(load("capture")["capture_function"]).format(**parts))
+
+    def _write(self, table: TableRef, oid: int, write: Write) -> sql.Composed:
+        entries = sql.SQL(", ").join(
+            sql.SQL("(pg_current_xact_id(), {}, {}, mover.{}({}))").format(
+                sql.Literal(oid),
+                sql.Literal(part),
+                self._row_function(table, part),
+                sql.SQL("NEW" if which == "NEW" else "OLD"),
+            )
+            for part, which in write.entries
+        )
+        log = log_of(self.migration)
+        if write.if_changed is None:
+            return sql.SQL(load("capture")["capture_write"]).format(log=log, entries=entries)
+        return sql.SQL(load("capture")["capture_write_if_changed"]).format(
+            log=log, entries=entries, row_function=self._row_function(table, write.if_changed)
+        )
 
     def function(self, table: TableRef, kind: str) -> sql.Identifier:
         return sql.Identifier(f"{self.prefix}{digest(table)}_{kind}")
@@ -104,13 +119,8 @@ class Capture:
         return f"row_{self.name}_"
 
     def _row_function(self, table: TableRef, part: int) -> sql.Identifier:
-        of = "whole" if part in (GONE, CAME) else str(part)
+        of = "whole" if part in (GONE, CAME) else "home" if part == HOME else str(part)
         return sql.Identifier(f"{self.row_prefix}{digest(table)}_{of}")
-
-
-def telling(holding: Holding) -> tuple[str, ...]:
-    """The triggers beside those that guard, by kind."""
-    return tuple(kind for kind in ("rekey", "rehome") if kind in _entries(holding))
 
 
 def whose(holding: Holding) -> tuple[str, ...]:
@@ -118,7 +128,7 @@ def whose(holding: Holding) -> tuple[str, ...]:
     return (holding.tenant_column,) if holding.tenant_column else owning_columns(holding)
 
 
-def homing_columns(holding: Holding) -> tuple[str, ...]:
+def _homing_columns(holding: Holding) -> tuple[str, ...]:
     """These, and those by which others refer to it."""
     below = (name for names in holding.referenced for name in names)
     return tuple(dict.fromkeys((*whose(holding), *below)))
@@ -128,26 +138,45 @@ def _parts(holding: Holding) -> dict[int, Sequence[str]]:
     """What is written of a row, by its number: of no columns, the whole row."""
     if not holding.key:
         return {GONE: ()}
-    return {KEY: holding.key, **dict(enumerate(holding.referenced, start=1))}
+    below = dict(enumerate(holding.referenced, start=1))
+    return {KEY: holding.key, **below, **({HOME: _homing_columns(holding)} if below else {})}
 
 
-def _entries(holding: Holding) -> dict[str, list[Entry]]:
-    """What each kind of trigger writes."""
+@dataclass(frozen=True, slots=True)
+class Write:
+    """What a trigger writes at once, if need be only where a part of the row has changed."""
+
+    entries: Sequence[Entry]
+    if_changed: int | None = None
+
+
+def _writes(holding: Holding) -> dict[str, list[Write]]:
+    """By the kind of the trigger."""
     if not holding.key:
         gone, came = (GONE, "OLD"), (CAME, "NEW")
-        return {"insert": [came], "update": [gone, came], "delete": [gone]}
+        return {"insert": [Write([came])], "update": [Write([gone, came])], "delete": [Write([gone])]}
     below = range(1, len(holding.referenced) + 1)
-    entries: dict[str, list[Entry]] = {
+    update = [Write([(KEY, "NEW")]), Write([(KEY, "OLD")], if_changed=KEY)]
+    if below:
+        # Those that refer to the row come or go with it, without a change of their own.
+        update.append(Write([(part, row) for part in below for row in ("OLD", "NEW")], if_changed=HOME))
+    return {
         # Rows may be there before the one that they refer to: under a DEFERRABLE foreign key, or where one
         # statement makes both.
-        "insert": [(KEY, "NEW"), *((part, "NEW") for part in below)],
-        "update": [(KEY, "NEW")],
-        "delete": [(KEY, "OLD"), *((part, "OLD") for part in below)],
-        "rekey": [(KEY, "OLD")],
+        "insert": [Write([(KEY, "NEW"), *((part, "NEW") for part in below)])],
+        "update": update,
+        "delete": [Write([(KEY, "OLD"), *((part, "OLD") for part in below)])],
     }
-    if below:
-        entries["rehome"] = [(part, row) for part in below for row in ("OLD", "NEW")]
-    return entries
+
+
+async def _are_plain(conn: Connection, oid: int, holding: Holding) -> bool:
+    """Whether what is written of a row is the same whatever the writer's settings."""
+    names = {name for columns in _parts(holding).values() for name in columns}
+    if not holding.key:
+        return False
+    facts = {"relation": oid, "names": list(names)}
+    row = await (await conn.execute(load("capture")["are_plain"], facts)).fetchone()
+    return row is not None and bool(row[0])
 
 
 async def oid_of(conn: Connection, table: TableRef) -> int:

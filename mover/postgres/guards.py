@@ -85,7 +85,7 @@ class Guards:
         """The triggers that tell of changes beside those that guard."""
         handing_over = ("hand_over",) if holding.referenced else ()
         if self._captures:
-            return (*capture.telling(holding), *handing_over)
+            return handing_over
         if holding.tenant_column is None or not holding.referenced:
             return handing_over
         return ("rehome", *_vacating(holding), *handing_over)
@@ -108,9 +108,7 @@ class Guards:
         called = {f"{kind}_function": self._called(table, kind) for kind in ("insert", "update", "delete")}
         statement = self._sql("guard_table", table=named(table), **conditions, **called)
         await self._under_lock_timeout(conn, statement, table, say)
-        if self._captures:
-            await self._capture_moves(conn, holding, conditions["updated"], say)
-        elif holding.tenant_column is not None and holding.referenced:
+        if not self._captures and holding.tenant_column is not None and holding.referenced:
             await self._tell_of_changes(conn, holding, say)
         if holding.referenced:
             await self._tell_of_handing_over(conn, holding, say)
@@ -257,23 +255,6 @@ class Guards:
         }
         for kind in ("rehome", *_vacating(holding)):
             await self._under_lock_timeout(conn, self._sql(f"tell_of_{kind}", **parts), table, say)
-
-    async def _capture_moves(
-        self, conn: Connection, holding: Holding, updated: sql.Composable, say: Say
-    ) -> None:
-        table, homing = holding.table, capture.homing_columns(holding)
-        for kind in capture.telling(holding):
-            parts = {
-                "table": named(table),
-                "updated": updated,
-                "old_key": _values("OLD", holding.key),
-                "new_key": _values("NEW", holding.key),
-                "old_values": _values("OLD", homing),
-                "new_values": _values("NEW", homing),
-                f"{kind}_function": self._called(table, kind),
-            }
-            query = sql.SQL(load("capture")[f"capture_{kind}"])
-            await self._under_lock_timeout(conn, query.format(**(self._names | parts)), table, say)
 
     async def _under_lock_timeout(
         self, conn: Connection, statement: sql.Composed, table: TableRef, say: Say

@@ -48,8 +48,7 @@ END
 -- A guard that writes down what it has let pass. Values are written as we write them, whatever the writer's
 -- settings. Locks nothing of the application's; repeatable.
 CREATE OR REPLACE FUNCTION mover.{function}() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO, MDY'
-    SET intervalstyle = 'postgres' SET timezone = 'UTC' SET extra_float_digits = 1 SET bytea_output = 'hex'
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp {settings}
 AS $capture$
 DECLARE
     state bigint;
@@ -60,27 +59,26 @@ BEGIN
     IF state IS DISTINCT FROM 1 THEN
         PERFORM mover.{ask_function}();
     END IF;
-    INSERT INTO mover.{log} (xid, relation, part, value) VALUES {entries};
+    {writes};
     RETURN NULL;
 END
 $capture$
 
--- name: capture_rekey
--- A row whose key changed is written down under both. Locks: SHARE ROW EXCLUSIVE on the table, under our
--- lock timeout; repeatable.
-CREATE OR REPLACE TRIGGER {rekey_trigger} AFTER UPDATE ON {table} FOR EACH ROW
-    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value}
-          AND ROW({old_key}) IS DISTINCT FROM ROW({new_key}) AND {updated})
-    EXECUTE FUNCTION mover.{rekey_function}();
-ALTER TABLE {table} ENABLE ALWAYS TRIGGER {rekey_trigger}
+-- name: capture_write
+-- In the functions. Locks nothing of the application's.
+INSERT INTO mover.{log} (xid, relation, part, value) VALUES {entries}
 
--- name: capture_rehome
--- Those that refer to a row come or go with it, without a change of their own. Locks as above; repeatable.
-CREATE OR REPLACE TRIGGER {rehome_trigger} AFTER UPDATE ON {table} FOR EACH ROW
-    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value}
-          AND ROW({old_values}) IS DISTINCT FROM ROW({new_values}) AND {updated})
-    EXECUTE FUNCTION mover.{rehome_function}();
-ALTER TABLE {table} ENABLE ALWAYS TRIGGER {rehome_trigger}
+-- name: capture_write_if_changed
+-- The same. A second trigger would cost everybody's statements its condition, which is read anew for each.
+IF mover.{row_function}(OLD) IS DISTINCT FROM mover.{row_function}(NEW) THEN
+    INSERT INTO mover.{log} (xid, relation, part, value) VALUES {entries};
+END IF
+
+-- name: are_plain
+-- Whether these columns' values are written by the same letters whatever the settings. Reads only.
+SELECT bool_and(atttypid = ANY ('{bool,int2,int4,int8,text,varchar,bpchar,uuid}'::regtype[]))
+  FROM pg_attribute
+ WHERE attrelid = %(relation)s::oid AND attname = ANY (%(names)s::name[])
 
 -- name: new_entries
 -- The kinds of entries that a snapshot sees and an earlier one did not; and the tables' columns, as that
