@@ -350,6 +350,20 @@ def has_words(sql: str, *phrase: str) -> bool:
     return any(tuple(words[i : i + len(phrase)]) == phrase for i in range(len(words)))
 
 
+def without_internal_options(sql: str) -> str:
+    """A column's options without the one that servers since the minor versions of November 2026 (15.20) keep
+    there for themselves; nothing where no other is left. An older pg_dump does not leave it out, and no
+    server takes it."""
+    head, found, options = sql.rpartition(" SET (")
+    if not found or _INTERNAL_OPTION not in options or not has_words(head, "alter", "column"):
+        return sql
+    kept = [option for option in options.rstrip("); \n").split(", ") if _INTERNAL_OPTION not in option]
+    return f"{head} SET ({', '.join(kept)})" if kept else ""
+
+
+_INTERNAL_OPTION = "pg_attver="
+
+
 def is_ours(sql: str) -> bool:
     """Whether the statement makes or alters something of ours on a table of the application."""
     made = created(sql)

@@ -109,9 +109,11 @@ def _parted(
 
 def _for_target(dump: str, schemas: Mapping[str, str], roles: Mapping[str, bool]) -> list[Statement]:
     return [
-        replace(statement, sql=_repeatable(ddl.rename_schemas(statement.sql, schemas)))
+        replace(statement, sql=_repeatable(ddl.rename_schemas(text, schemas)))
         for statement in ddl.split(dump)
-        if not ddl.is_ours(statement.sql) and _fits(statement, roles)
+        if (text := ddl.without_internal_options(statement.sql))
+        and not ddl.is_ours(text)
+        and _fits(statement, roles)
     ]
 
 

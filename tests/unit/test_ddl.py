@@ -199,3 +199,19 @@ def test_the_roles_of_a_grant_are_found(sql, roles):
 )
 def test_a_schema_is_found_however_its_name_is_written(schema, sql):
     assert ddl.rename_schemas(sql, {schema: "other"}) == "SELECT other.t"
+
+
+@pytest.mark.parametrize(
+    ("sql", "left"),
+    [
+        ("ALTER TABLE ONLY s.t ALTER COLUMN a SET (pg_attver=22192376)", ""),
+        (
+            "ALTER TABLE ONLY s.t ALTER COLUMN a SET (n_distinct=5, pg_attver=22192376)",
+            "ALTER TABLE ONLY s.t ALTER COLUMN a SET (n_distinct=5)",
+        ),
+        ("ALTER TABLE ONLY s.t ALTER COLUMN a SET (n_distinct=5)",) * 2,
+        ("ALTER TABLE s.t ALTER a SET DEFAULT ' SET (pg_attver=1)'",) * 2,
+    ],
+)
+def test_what_a_server_keeps_for_itself_among_a_columns_options_is_left_out(sql, left):
+    assert ddl.without_internal_options(sql) == left
