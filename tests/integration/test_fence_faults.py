@@ -303,6 +303,12 @@ async def test_writes_of_deferred_triggers_are_held_too(url, level):
         assert "audited" not in await world.notes()
 
 
+HELD = """
+SELECT FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock'
+   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+
+
 async def test_truncate_fails_fast_while_closed_and_tells_the_stream_while_open(url):
     async with fenced(url) as world, world.connect(lock_timeout="5s") as conn:
         await world.ask("ALTER TABLE app.part OWNER TO fence_app")
@@ -314,6 +320,9 @@ async def test_truncate_fails_fast_while_closed_and_tells_the_stream_while_open(
         with pytest.raises(psycopg.errors.SerializationFailure, match="is being moved"):
             await conn.execute("TRUNCATE app.part")
         await world.fence.let_go()  # the state is enough
+        async with asyncio.timeout(60):  # the session ends when the server comes to it
+            while await world.ask(HELD):
+                pass
         with pytest.raises(psycopg.errors.SerializationFailure, match="is being moved"):
             await conn.execute("TRUNCATE app.part")
         await world.fence.move_away()
