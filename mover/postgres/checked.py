@@ -198,7 +198,7 @@ class Checked(Settling):
                 left = await self._try_in_place(left, done)
             if len(left) + len(whole) == before:
                 left = await self._try_together(left, done)
-            if len(left) + len(whole) == before:
+            if len(left) + len(whole) == before and not await self._make_room(left):
                 table = left[0].relation.table if left else whole[0].relation.table
                 raise ApplyConflict(
                     f"{before} changes, the first of {table}, fit in no order: values that are unique"
@@ -286,6 +286,18 @@ class Checked(Settling):
         if _surplus(await self._as_changes(rows)) != surplus:
             raise ApplyConflict("rows would follow that have to go", where=Where(table=change.relation.table))
         done.update(kinds([change]))
+
+    async def _make_room(self, rows: list[Seen]) -> bool:
+        """Rows pass unique values on in a circle: one on which nothing hangs goes, until the others are as
+        they were seen."""
+        for change in await self._as_changes(rows):
+            if isinstance(change, Update):
+                gone, ref = Delete(change.relation, change.new), change.relation.table
+                if await self._is_acted_upon(ref, self._keys([gone])[ref], {}):
+                    continue
+                if await self._tried(self._apply_part([gone])):
+                    return True
+        return False
 
     def _keys(self, changes: Sequence[RowChange]) -> Missing:
         keys: Missing = {}

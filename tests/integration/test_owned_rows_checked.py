@@ -300,6 +300,42 @@ async def test_a_transaction_in_several_pieces_is_read_at_a_point_from_where_it_
         await expect_same(pair, r)
 
 
+@pytest.mark.parametrize(
+    "crossing",
+    [
+        "update app.papers set folder_id = 2 where id = 3",
+        "update app.papers set folder_id = 3 where id = 4",
+        "update app.folders set tenant_id = '{tenant}' where id = 3",
+        "update app.folders set tenant_id = '{other}' where id = 4",
+    ],
+    ids=["a paper comes", "a paper leaves", "a folder comes", "a folder leaves"],
+)
+async def test_rows_exchange_unique_values_while_others_come_or_leave(pair, capture, crossing):
+    ddl = """
+create schema app;
+create table app.folders (id bigint primary key, tenant_id uuid not null);
+create table app.papers
+    (id bigint primary key, folder_id bigint not null references app.folders, place int not null unique);
+"""
+    papers = "select p::text from app.papers p join app.folders f on f.id = folder_id where tenant_id = %s"
+    async with made_rig(pair, ddl, capture, careful=True) as r:
+        folders = "insert into app.folders values (1, %s), (2, %s), (3, %s), (4, %s)"
+        execute(pair.source, folders, TENANT, TENANT, OTHER, TENANT)
+        execute(pair.source, "insert into app.papers select n, n, n from generate_series(1, 4) n")
+        async with r.following():
+            await r.copy().run()
+            at_once(
+                pair.source,
+                "update app.papers set place = -1 where id = 1",
+                "update app.papers set place = 1 where id = 2",
+                "update app.papers set place = 2 where id = 1",
+                crossing,
+            )
+            await r.follower.catch_up_once()
+        found = execute(pair.target, f"{papers} order by 1", TENANT)
+        assert found == execute(pair.source, f"{papers} order by 1", TENANT) != []
+
+
 async def test_a_row_with_an_identity_beside_its_key_keeps_what_hangs_on_it(pair, capture):
     ddl = """
 create schema app;
