@@ -19,7 +19,7 @@ import structlog
 from mover.core.errors import LeaseLost, MoverError, Remedy, VerificationFailed
 from mover.core.migration import Claim, Migration, Progress, Wish
 from mover.core.states import Status
-from mover.engine.move import Move
+from mover.engine.move import WISH_S, Move
 from mover.engine.switch import CANCEL_PATIENCE_S
 from mover.ports import Clock, MoveStore
 
@@ -27,8 +27,6 @@ log = structlog.get_logger()
 
 POLL_S = 0.5
 PROGRESS_S = 1.0
-# Between two looks whether a wish that was heard can be obeyed: a small migration is over in a second.
-WISH_S = 0.05
 # Heartbeats per lease: two may be lost before another daemon takes over.
 HEARTBEATS_PER_LEASE = 4
 BACKOFF_S = (1.0, 60.0)
@@ -263,10 +261,12 @@ class Work:
                     if self.clock.monotonic() - renewed > self.lease_s:
                         raise LeaseLost("the lease ran out while the platform database was away") from error
                 beat_at = self.clock.monotonic() + beat_every
-            # A cutover that somebody left half-way is settled before any wish is obeyed.
-            if self._wish is not None and self._move is not None and self._move.may_rest:
-                task.cancel()
-                return
+            if self._wish is not None and self._move is not None:
+                self._move.wish_waits = True
+                # A cutover that somebody left half-way is settled before any wish is obeyed.
+                if self._move.may_rest:
+                    task.cancel()
+                    return
             await self.clock.sleep(WISH_S if self._wish is not None else min(PROGRESS_S, beat_every))
 
     async def _watch(self) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from mover.core.changes import Change, Piece, kinds
@@ -110,12 +110,8 @@ class StreamFollower:
                 raise self._ended  # what the stream had sent may be lost to us
             await self._drain_backlog()
             async with self._at_point(lifetime) as point:
-                try:
+                with self._or_end():  # what the holder has put on the target is not known here
                     yield point
-                except BaseException as error:
-                    # What the holder has put on the target is not known here: apply nothing any more.
-                    self._end(error)
-                    raise
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
@@ -125,24 +121,25 @@ class StreamFollower:
 
     async def _apply_batch(self) -> None:
         """One target transaction: everything that has arrived, ending at a source commit."""
-        pieces = self.stream.take(BATCH_BYTES)
-        if not pieces:
-            return
         if len(self._unseen) >= APPLIED_XIDS:
             async with self.source.consistent_point() as point:
                 self._look(point)
-        marks: list[str] = []
-        try:
-            async with self.target.transaction() as transaction:
-                await self._apply_pieces(transaction, pieces, marks)
-                while (end := pieces[-1].end_lsn) is None:  # a huge transaction flows through in pieces
-                    await self.stream.wait()
-                    pieces = self.stream.take(BATCH_BYTES)
-                    await self._apply_pieces(transaction, pieces, marks)
-                await transaction.advance(end, self._snapshot)
-        except _RowsMissing:
-            await self._step_to_a_point()
+        pieces = self.stream.take(BATCH_BYTES)
+        if not pieces:
             return
+        marks: list[str] = []
+        with self._or_end():
+            try:
+                async with self.target.transaction() as transaction:
+                    await self._apply_pieces(transaction, pieces, marks)
+                    while (end := pieces[-1].end_lsn) is None:  # a huge transaction flows through in pieces
+                        await self.stream.wait()
+                        pieces = self.stream.take(BATCH_BYTES)
+                        await self._apply_pieces(transaction, pieces, marks)
+                    await transaction.advance(end, self._snapshot)
+            except _RowsMissing:
+                await self._step_to_a_point()
+                return
         reach("follow.applied")
         self._durable(end, marks)
 
@@ -180,11 +177,14 @@ class StreamFollower:
         point = await self._point_that_sees_all(lifetime)
         # A transaction is visible only after its commit record is in the WAL, so everything that the
         # snapshot sees stands before the mark.
-        deferred = await self._apply_visible(point, await self.source.mark())
+        mark = await self.source.mark()
+        with self._or_end():
+            deferred = await self._apply_visible(point, mark)
         yield point
         if deferred:
             # Never confirmed, so the slot sends them again; `_snapshot` skips the others.
-            await self.stream.start(self.applied)
+            with self._or_end():
+                await self.stream.start(self.applied)
 
     async def _point_that_sees_all(self, lifetime: AsyncExitStack) -> ConsistentPoint:
         """At a snapshot that does not see a transaction which is applied already, the target is not the
@@ -275,6 +275,16 @@ class StreamFollower:
             async with self.target.transaction() as transaction:
                 await transaction.advance(idle, self._snapshot)
             self._durable(idle, [])
+
+    @contextmanager
+    def _or_end(self) -> Iterator[None]:
+        """After an error what was taken from the stream comes again only with a new start: nothing is applied
+        until then."""
+        try:
+            yield
+        except BaseException as error:
+            self._end(error)
+            raise
 
     def _end(self, error: BaseException) -> None:
         """Whoever waits for a mark learns that it will not come."""

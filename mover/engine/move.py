@@ -46,6 +46,8 @@ DRAIN_SHARE = 0.2
 # After an aborted attempt writers get this long before the next one; doubled up to the second number.
 CUTOVER_BACKOFF_S = (1.0, 30.0)
 # The rest of a window that is waited for on the spot, and the time between looks at a longer one.
+# Between two looks whether a wish that was heard can be obeyed: a small migration is over in a second.
+WISH_S = 0.05
 MONITOR_INTERVAL_S = 5.0
 MONITOR_LOOK_S = 60.0
 TOMBSTONE_INTERVAL_S = 3600.0
@@ -105,6 +107,8 @@ class Move:
     switched_at: datetime | None = None
     # False while writers may be waiting for the outcome of a cutover: no wish is obeyed meanwhile.
     may_rest: bool = field(init=False)
+    # True when a wish was heard, which ends this task: no cutover begins before it has.
+    wish_waits: bool = field(default=False, init=False)
     _figures: Figures = field(init=False)
 
     def __post_init__(self) -> None:
@@ -344,6 +348,8 @@ class Move:
             await self._catch_up(follower)
             await verification.until_small()
             await verification.one_pass()  # what changes from here on is compared inside the pause
+            while self.wish_waits:
+                await self.clock.sleep(WISH_S)
             self.may_rest = False
             try:
                 report = await to_the_end(cut_over(world, self.limits.pause_budget_s))

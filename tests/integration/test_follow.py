@@ -12,6 +12,7 @@ import pytest
 
 from mover.core.copying import CopiedRanges
 from mover.core.errors import ApplyConflict, Unreachable
+from mover.core.ids import Capture
 from mover.core.snapshot import Snapshot
 from mover.engine import follow_stream
 from tests.conftest import every_combination
@@ -78,6 +79,25 @@ async def test_no_point_passes_over_a_batch_that_could_not_be_applied(pair, capt
         execute(pair.target, "delete from app.item where id = 8000001")
         async with r.following():
             assert await differences_at_a_point(r) == []
+            await expect_equal(r)
+
+
+async def test_nothing_is_applied_after_a_point_that_could_not_be_reached(pair, capture):
+    """Whoever holds takes from the stream, too."""
+    async with rig(pair.source, pair.target, capture=capture) as r:
+        async with r.following():
+            await r.copy().run()
+        await r.follower.start()
+        execute(pair.target, "insert into app.item (tenant_id, id) values (%s, 8000001)", OTHER)
+        execute(pair.source, "insert into app.item (tenant_id, id) values (%s, 8000001)", TENANT)
+        with pytest.raises(ApplyConflict):
+            await differences_at_a_point(r)
+        execute(pair.target, "delete from app.item where id = 8000001")
+        execute(pair.source, "insert into app.item (tenant_id, id) values (%s, 8000002)", TENANT)
+        if capture is Capture.WAL:
+            with pytest.raises(ApplyConflict):
+                await r.follower.catch_up_once()
+        async with r.following():
             await expect_equal(r)
 
 

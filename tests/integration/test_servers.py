@@ -135,16 +135,18 @@ def test_what_a_dead_run_left_is_swept_and_what_a_live_one_uses_is_not(server, i
 
 
 def test_what_another_run_sweeps_at_the_same_moment_is_no_error(monkeypatch):
-    home = make_home("pg99")
+    ended = 2**22 + 1  # above the highest number that Linux gives a process
+    ours = make_home("pg99")
+    home = ours.rename(ours.with_name(ours.name.replace(str(os.getpid()), str(ended))))
 
     def is_alive_until_it_is_swept(pid: int) -> bool:
-        if pid == os.getpid() and home.exists():
+        if pid == ended:
             home.rmdir()
-            return False
-        return True
+        return pid != ended
 
     monkeypatch.setattr("mover.demo.process._alive", is_alive_until_it_is_swept)
     assert sweep() == []
+    assert not home.exists()
 
 
 @pytest.mark.skipif(not MEMORY.is_dir(), reason="files in memory are Linux's")

@@ -49,24 +49,42 @@ class Platform:
 
 async def test_a_wish_from_before_the_claim_is_obeyed_as_soon_as_there_is_work_to_end():
     """Not at the next heartbeat: a small migration would be over by then."""
-    store = Platform()
-    migration = SimpleNamespace(id="m", status=Status.IN_PROGRESS, phase=None)
-    claim = SimpleNamespace(migration=migration, epoch=1)
 
     async def run() -> None:
         await asyncio.Event().wait()
+
+    assert await outcome(SimpleNamespace(run=run, may_rest=True)) is Status.CANCELLED
+
+
+async def test_a_move_learns_of_a_wish_before_it_may_be_ended():
+    """It settles what somebody left half-way; then no cutover must begin before it is ended."""
+
+    async def run() -> None:
+        while not move.wish_waits:  # noqa: ASYNC110, as the move itself does
+            await asyncio.sleep(0)
+        move.may_rest = True
+        await asyncio.Event().wait()
+
+    move = SimpleNamespace(run=run, may_rest=False, wish_waits=False)
+    assert await outcome(move) is Status.CANCELLED
+
+
+async def outcome(move: SimpleNamespace) -> Status | None:
+    """Of a migration that somebody wished to cancel before it was claimed."""
+    store = Platform()
+    migration = SimpleNamespace(id="m", status=Status.IN_PROGRESS, phase=None)
+    claim = SimpleNamespace(migration=migration, epoch=1)
 
     async def measure() -> None: ...
 
     async def make_move(claim, progress):
         await asyncio.sleep(0)  # the first heartbeat is over before there is a move
         await asyncio.sleep(0)
-        return SimpleNamespace(
-            run=run, measure=measure, may_rest=True, site=SimpleNamespace(rest=lambda: None)
-        )
+        move.measure, move.site = measure, SimpleNamespace(rest=lambda: None)
+        return move
 
     work = asyncio.create_task(Work(claim, store, make_move, Clock(), LEASE_S, {}).run())
     ended, _ = await asyncio.wait([work], timeout=5)
     work.cancel()
     assert ended
-    assert store.ended_as is Status.CANCELLED
+    return store.ended_as
