@@ -194,7 +194,8 @@ class ChangeStream(Protocol):
     """The source's committed changes of the tenant's rows, transaction by transaction, in commit order."""
 
     async def start(self, after: Lsn) -> None:
-        """Begin (again) with the first transaction that commits after `after`. Raises SlotLost."""
+        """Begin (again) with the first transaction that commits after what is confirmed, which must not be
+        after `after`. Raises SlotLost."""
         ...
 
     async def wait(self) -> None:
@@ -259,6 +260,10 @@ class ChangeSource(Positions, Protocol):
 
     def consistent_point(self) -> AbstractAsyncContextManager[ConsistentPoint]:
         """A point taken now; its snapshot lives as long as the context."""
+        ...
+
+    async def snapshot(self) -> Snapshot:
+        """What a transaction that begins now sees; nobody holds it."""
         ...
 
 

@@ -26,9 +26,12 @@ BATCH_BYTES = 16 << 20
 # On a quiet source the slot must still move on, or an idle tenant pins everybody's WAL.
 IDLE_CONFIRM_S = 10.0
 IDLE_CONFIRM_BYTES = 1 << 20
-# A commit that waits for a synchronous standby is in the stream, and in no snapshot yet.
+# A commit that waits for a synchronous standby is in the stream, and in no snapshot yet. What is applied
+# is remembered until it is looked whether snapshots see it, and not confirmed before: after a new start the
+# slot tells again of what may be waiting.
 VISIBLE_INTERVAL_S = 0.01
-APPLIED_XIDS = 10_000  # are kept until it is looked which of them snapshots see
+LOOK_INTERVAL_S = 1.0
+APPLIED_XIDS = 10_000  # are remembered at most
 
 _START = Lsn(0)
 
@@ -50,13 +53,16 @@ class StreamFollower:
     _seen: deque[str] = field(default_factory=lambda: deque(maxlen=10_000))
     _ended: BaseException | None = None
     _idle_confirmed_at: float = 0.0
-    _unseen: set[int] = field(default_factory=set)  # applied; no snapshot is known to see them
+    # Applied, and no snapshot is known to see them: xids, and where their commits stand.
+    _unseen: dict[int, Lsn] = field(default_factory=dict)
+    _looked_at: float = 0.0
 
     async def start(self) -> None:
         """Go on from the progress that the target has stored."""
         self.applied, self._snapshot = await self.target.progress()
         self._snapshot_until = await self.source.wal_lsn() if self._snapshot else None
         self._ended = None
+        self._unseen = {}
         await self.stream.start(self.applied)
 
     async def run(self) -> None:
@@ -69,6 +75,7 @@ class StreamFollower:
                 except TimeoutError:
                     async with self._turn:
                         if self._ended is None:
+                            await self._look_at_times()
                             await self._confirm_idle()
                     continue
                 async with self._turn:
@@ -77,6 +84,7 @@ class StreamFollower:
                     await self._apply_batch()
         except BaseException as error:
             self._end(error)
+            await self.stream.close()  # a server that shuts down waits for its readers' answers
             raise
 
     async def reached(self, mark: str) -> None:
@@ -121,9 +129,7 @@ class StreamFollower:
 
     async def _apply_batch(self) -> None:
         """One target transaction: everything that has arrived, ending at a source commit."""
-        if len(self._unseen) >= APPLIED_XIDS:
-            async with self.source.consistent_point() as point:
-                self._look(point)
+        await self._look_at_times()
         pieces = self.stream.take(BATCH_BYTES)
         if not pieces:
             return
@@ -150,10 +156,11 @@ class StreamFollower:
         ends: list[int] = []
         for piece in pieces:
             marks += piece.marks
-            if piece.changes and not self._is_applied(piece):
-                changes += piece.changes
-                ends.append(len(changes))
-                self._unseen.add(piece.xid)
+            if piece.changes:
+                self._unseen[piece.xid] = piece.final_lsn
+                if not self._is_applied(piece):
+                    changes += piece.changes
+                    ends.append(len(changes))
         await self._apply_changes(transaction, changes, ends)
         if transaction.is_missing_rows:
             raise _RowsMissing
@@ -189,17 +196,31 @@ class StreamFollower:
     async def _point_that_sees_all(self, lifetime: AsyncExitStack) -> ConsistentPoint:
         """At a snapshot that does not see a transaction which is applied already, the target is not the
         source: what it changed would be missing in rows that are copied from there."""
-        while True:
-            async with AsyncExitStack() as taken:
-                point = await taken.enter_async_context(self.source.consistent_point())
-                self._look(point)
+        before = self.progress.waiting_for
+        try:
+            while True:
+                self._forget_seen(await self.source.snapshot())
                 if not self._unseen:
-                    await lifetime.enter_async_context(taken.pop_all())
-                    return point
-            await asyncio.sleep(VISIBLE_INTERVAL_S)
+                    # Whatever is seen now, a later snapshot sees as well.
+                    return await lifetime.enter_async_context(self.source.consistent_point())
+                self.progress.waiting_for = _UNSEEN.format(len(self._unseen))
+                await asyncio.sleep(VISIBLE_INTERVAL_S)
+        finally:
+            self.progress.waiting_for = before
 
-    def _look(self, point: ConsistentPoint) -> None:
-        self._unseen = {xid for xid in self._unseen if not point.snapshot.sees(xid)}
+    async def _look_at_times(self) -> None:
+        """Which of the applied transactions snapshots see by now: those need not be sent again."""
+        now = asyncio.get_running_loop().time()
+        if self._unseen and (now - self._looked_at >= LOOK_INTERVAL_S or len(self._unseen) >= APPLIED_XIDS):
+            self._looked_at = now
+            self._forget_seen(await self.source.snapshot())
+            self._confirm()
+
+    def _forget_seen(self, snapshot: Snapshot) -> None:
+        self._unseen = {xid: lsn for xid, lsn in self._unseen.items() if not snapshot.sees(xid)}
+
+    def _confirm(self) -> None:
+        self.stream.confirm(min((self.applied, *self._unseen.values())))
 
     async def _apply_visible(self, point: ConsistentPoint, mark: str) -> bool:
         """In one target transaction, what the point sees of the stream up to the mark behind it.
@@ -258,7 +279,7 @@ class StreamFollower:
         self.applied = end
         if self._snapshot_until is not None and end >= self._snapshot_until:
             self._snapshot = self._snapshot_until = None
-        self.stream.confirm(end)
+        self._confirm()
         for mark in marks:
             self._seen.append(mark)
             awaited = self._awaited.pop(mark, None)
@@ -295,6 +316,9 @@ class StreamFollower:
             else:
                 awaited.cancel()
         self._awaited.clear()
+
+
+_UNSEEN = "transactions that have committed to show: {}; a synchronous standby has not confirmed them"
 
 
 class _RowsMissing(Exception):

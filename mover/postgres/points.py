@@ -79,6 +79,12 @@ class Points:
             snapshot, snapshot_id = await take_snapshot(conn)
             yield Point(snapshot, snapshot_id, self._database.label, conn)
 
+    async def snapshot(self) -> Snapshot:
+        with translate(self._database.label):
+            row = await (await self._conn.execute("SELECT pg_current_snapshot()::text")).fetchone()
+        assert row is not None
+        return Snapshot.parse(row[0])
+
     async def mark(self) -> str:
         token = uuid4().hex
         with translate(self._database.label):

@@ -69,15 +69,14 @@ class WalStream:
         self._heartbeat: asyncio.TimerHandle | None = None
 
     async def start(self, after: Lsn) -> None:
-        """Begin reading transactions that commit after `after`.
+        """Begin reading transactions that commit after what is confirmed, which is `after` or before it.
 
         Raises SlotLost when the slot is gone or already ahead of `after`."""
         await self.close()
         self._reset()
-        self._confirmed = after
-        await self._release_slot(after)
+        self._confirmed = await self._release_slot(after)
         options = f"proto_version '1', publication_names '{self._publication}', messages 'true'"
-        command = f'START_REPLICATION SLOT "{self._slot}" LOGICAL {after} ({options})'
+        command = f'START_REPLICATION SLOT "{self._slot}" LOGICAL {self._confirmed} ({options})'
         conn = await self._connect()
         try:
             await self._send_query(conn, command.encode())
@@ -133,18 +132,20 @@ class WalStream:
             self._heartbeat.cancel()
         conn.finish()
 
-    async def _release_slot(self, after: Lsn) -> None:
-        """Ends the backend that still holds the slot: an earlier connection of ours, or a dead owner's."""
+    async def _release_slot(self, after: Lsn) -> Lsn:
+        """Ends the backend that still holds the slot: an earlier connection of ours, or a dead owner's.
+
+        Returns up to where the slot is confirmed."""
         async with self._database.connect("slot") as conn:
             deadline = self._loop.time() + 10
             while True:
                 row = await (await conn.execute(_SLOT_STATE, (self._slot,))).fetchone()
                 if row is None or row[2] == "lost":
                     raise SlotLost(f"slot {self._slot} is gone", hint=_SLOT_HINT)
-                if Lsn.parse(row[1]) > after:
+                if (confirmed := Lsn.parse(row[1])) > after:
                     raise SlotLost(f"slot {self._slot} is at {row[1]}, ahead of the stored progress {after}")
                 if row[0] is None:
-                    return
+                    return confirmed
                 if self._loop.time() > deadline:
                     raise Unreachable(f"slot {self._slot} is held by backend {row[0]}")
                 await conn.execute("SELECT pg_terminate_backend(%s)", (row[0],))

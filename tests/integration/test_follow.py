@@ -13,8 +13,10 @@ import pytest
 from mover.core.copying import CopiedRanges
 from mover.core.errors import ApplyConflict, Unreachable
 from mover.core.ids import Capture
+from mover.core.migration import Progress
 from mover.core.snapshot import Snapshot
 from mover.engine import follow_stream
+from mover.engine.follow_stream import StreamFollower
 from tests.conftest import every_combination
 from tests.support.rig import ITEM, OTHER, TENANT, Rig, execute, hammering, rig
 from tests.support.waiting import until
@@ -311,10 +313,33 @@ async def test_a_point_sees_all_that_is_applied(pair):
         async with a_commit_that_no_snapshot_sees_yet(pair.source):
             await r.follower.catch_up_once()
             copying = asyncio.create_task(r.copy().run())
-            await until(lambda: source.points > 1 or copying.done())
+            await until(lambda: r.follower.progress.waiting_for or copying.done())
             assert not copying.done()
+            assert source.points <= 1, "a wait must not cost a connection each time it looks"
         await copying
         await expect_equal(r)
+
+
+async def test_a_point_sees_all_that_was_applied_before_a_new_start(pair):
+    """Another daemon knows nothing of it but what the slot sends again."""
+    async with rig(pair.source, pair.target) as r:
+        async with a_commit_that_no_snapshot_sees_yet(pair.source):
+            async with r.following():
+                await r.follower.catch_up_once()
+                await r.follower.catch_up_once()  # what is confirmed by now must not hold it
+            before = r.follower
+            r.follower = StreamFollower(before.stream, before.source, r.writer, Progress())
+            async with r.following():
+                source = r.follower.source = Counting(r.follower.source)
+                copying = asyncio.create_task(r.copy().run())
+                await until(lambda: r.follower.progress.waiting_for or copying.done())
+                assert not copying.done()
+                assert "standby" in r.follower.progress.waiting_for
+                assert source.points <= 1, "a wait must not cost a connection each time it looks"
+                configure(pair.source, "ALTER SYSTEM RESET synchronous_standby_names")
+                await copying
+                assert r.follower.progress.waiting_for is None
+                await expect_equal(r)
 
 
 async def test_what_is_applied_is_not_remembered_for_ever(pair, monkeypatch):
