@@ -142,6 +142,7 @@ class StreamFollower:
                         await self.stream.wait()
                         pieces = self.stream.take(BATCH_BYTES)
                         await self._apply_pieces(transaction, pieces, marks)
+                    end = max(end, self.applied)  # what comes again stands before it
                     await transaction.advance(end, self._snapshot)
             except _RowsMissing:
                 await self._step_to_a_point()
@@ -245,7 +246,7 @@ class StreamFollower:
                         deferred = True
                 if not deferred:
                     marks += piece.marks
-                    end = piece.end_lsn or end
+                    end = max(end, piece.end_lsn or end)
                 piece = await self._next_piece()
             assert piece.end_lsn is not None  # a mark's transaction holds nothing else
             await self._apply_changes(transaction, visible, ends)

@@ -342,6 +342,27 @@ async def test_a_point_sees_all_that_was_applied_before_a_new_start(pair):
                 await expect_equal(r)
 
 
+async def test_what_the_slot_sends_again_takes_the_progress_nowhere(pair, monkeypatch):
+    monkeypatch.setattr(follow_stream, "LOOK_INTERVAL_S", 3600.0)
+    monkeypatch.setattr(follow_stream, "BATCH_BYTES", 1)  # each transaction by itself
+    async with rig(pair.source, pair.target) as r:
+        async with r.following():
+            await r.copy().run()
+            for number in range(5):
+                execute(
+                    pair.source, "insert into app.item (tenant_id, id) values (%s, %s)", TENANT, 9000 + number
+                )
+            await r.follower.catch_up_once()
+        reached, _ = await r.writer.progress()
+        for _ in range(2):
+            async with r.following():
+                await until(lambda: r.follower._unseen)
+            assert (await r.writer.progress())[0] == reached
+        async with r.following():
+            assert await differences_at_a_point(r) == []
+            await expect_equal(r)
+
+
 async def test_what_is_applied_is_not_remembered_for_ever(pair, monkeypatch):
     monkeypatch.setattr("mover.engine.follow_stream.APPLIED_XIDS", 3)
     async with rig(pair.source, pair.target) as r, r.following():
