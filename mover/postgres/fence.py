@@ -60,21 +60,22 @@ class PgFence:
         digest = hashlib.md5(f"{tenant}/{vertical}".encode(), usedforsecurity=False).digest()
         self.name = digest.hex()[:16]
         self.key = int.from_bytes(digest[:8], "big", signed=True)
-        self._guards = self._guards_of(captures=False)
+        self._guards = self._guards_of()
         self._guarded_tables: tuple[Holding, ...] = ()
         self._hold: AsyncExitStack | None = None
         self._holder: Connection | None = None
         self._stray_pid: int | None = None
 
-    def _guards_of(self, *, captures: bool) -> Guards:
-        return Guards(self.name, self.key, self._tenant, self._identity, self._hold_s, captures=captures)
+    def _guards_of(self, *, captures: bool = False, is_filled: bool = False) -> Guards:
+        place = (self.name, self.key, self._tenant, self._identity, self._hold_s)
+        return Guards(*place, captures=captures, is_filled=is_filled)
 
     async def install(
         self, tables: Sequence[Holding], state: str, say: Say, *, captures: bool = False
     ) -> None:
-        """Guards on `tables`, the fence beginning in `state`; repeatable. `captures`: they write down what
-        they let pass."""
-        self._guards = self._guards_of(captures=captures)
+        """Guards on `tables`, the fence beginning in `state`: "open", or "closed" where rows are loaded;
+        repeatable. `captures`: they write down what they let pass."""
+        self._guards = self._guards_of(captures=captures, is_filled=state == "closed")
         async with self._database.borrow("guard", client_min_messages="warning") as conn:
             async with conn.transaction():
                 await owner.hold(conn, self._identity)
@@ -116,7 +117,7 @@ class PgFence:
         """Where the tenant's rows are gone, only what refuses his writes stays: nothing tells or writes down
         anything, and nothing can be written to owned tables that the guards of their owners would let pass,
         so that they need none of their own, which would stand in the way of ALTER TABLE."""
-        self._guards = self._guards_of(captures=False)
+        self._guards = self._guards_of()
         async with self._database.borrow("guard", client_min_messages="warning") as conn:
             if await self._state_on(conn) != "moved":
                 return  # a later migration has taken the place over

@@ -40,30 +40,41 @@ class Found:
     is_guarded: bool  # all four, also on its partitions
     telling: int  # of changes of owners, or of keys
     captures: bool  # they write down what they let pass
+    spares_ours: bool  # no event is queued for the rows that the mover writes
 
 
-UNGUARDED = Found(is_guarded=False, telling=0, captures=False)
+UNGUARDED = Found(is_guarded=False, telling=0, captures=False, spares_ours=False)
 Standing: TypeAlias = Mapping[TableRef, Found]
 
 
 class Guards:
-    """Those of the place `name`, whose lock is `key`; `captures`: they write down what they let pass."""
+    """Those of the place `name`, whose lock is `key`; `captures`: they write down what they let pass;
+    `is_filled`: the mover loads rows here."""
 
     def __init__(
-        self, name: str, key: int, tenant: TenantId, identity: Identity, hold_s: float, *, captures: bool
+        self,
+        name: str,
+        key: int,
+        tenant: TenantId,
+        identity: Identity,
+        hold_s: float,
+        *,
+        captures: bool,
+        is_filled: bool,
     ) -> None:
         self._name, self._key, self._tenant, self._identity = name, key, tenant, identity
         self._wait_ms = max(GUARD_WAIT_MS, round(hold_s * 1000 * GUARD_WAIT_BUDGETS))
         self._capture = Capture(name, identity.migration)
-        self._captures = captures
+        self._captures, self._is_filled = captures, is_filled
 
     async def make_functions(self, conn: Connection, tables: Iterable[Holding]) -> None:
         """In the caller's transaction."""
-        await conn.execute(self._sql("install"))
+        let_pass = self._sql("let_pass")
+        await conn.execute(self._sql("install", let_pass=let_pass))
         if self._captures:
             await self._capture.make_log(conn)
             for holding in tables:
-                await self._capture.make_functions(conn, holding, self._names)
+                await self._capture.make_functions(conn, holding, self._names | {"let_pass": let_pass})
         elif any(map(self._telling, tables)):
             await conn.execute(self._sql("tell_function"))
         told = self._capture.told if self._captures else sql.SQL(load("fence")["truncate_in_stream"])
@@ -78,6 +89,7 @@ class Guards:
         return (
             found.is_guarded
             and found.captures == self._captures
+            and (found.spares_ours or not self._is_filled)
             and found.telling >= len(self._telling(holding))
         )
 
@@ -105,6 +117,8 @@ class Guards:
         if holding.tenant_column is None:
             await self._make_owned_function(conn, holding)
         conditions = self._conditions(holding)
+        if self._is_filled or holding.tenant_column is None:
+            conditions = {kind: self._of_others(condition) for kind, condition in conditions.items()}
         called = {f"{kind}_function": self._called(table, kind) for kind in ("insert", "update", "delete")}
         statement = self._sql("guard_table", table=named(table), **conditions, **called)
         await self._under_lock_timeout(conn, statement, table, say)
@@ -154,7 +168,8 @@ class Guards:
         if holding.tenant_column is not None:
             column, tenant = sql.Identifier(holding.tenant_column), sql.Literal(str(self._tenant))
             new, old = (sql.SQL(f"{row}.{{}} = {{}}").format(column, tenant) for row in ("NEW", "OLD"))
-            return {"inserted": new, "updated": sql.SQL("({} OR {})").format(old, new), "deleted": old}
+            either = sql.SQL("{} = ANY (ARRAY[OLD.{}, NEW.{}])").format(tenant, column, column)
+            return {"inserted": new, "updated": either, "deleted": old}
         function = sql.Identifier("mover", self._of("owned", holding.table))
         new_values, old_values = (_values(row, owning_columns(holding)) for row in ("NEW", "OLD"))
         refers_anew = sql.SQL("ROW({}) IS DISTINCT FROM ROW({})").format(old_values, new_values)
@@ -164,6 +179,11 @@ class Guards:
             function, new_values, deleted, anew=refers_anew
         )
         return {"inserted": inserted, "updated": updated, "deleted": deleted}
+
+    def _of_others(self, condition: sql.Composable) -> sql.Composed:
+        """The condition, for sessions that are not the mover's."""
+        asked = "current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value} AND {condition}"
+        return sql.SQL(asked).format(**self._names, condition=condition)
 
     async def _make_owned_function(self, conn: Connection, holding: Holding) -> None:
         columns = owning_columns(holding)

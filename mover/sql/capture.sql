@@ -50,15 +50,8 @@ END
 CREATE OR REPLACE FUNCTION mover.{function}() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp {settings}
 AS $capture$
-DECLARE
-    state bigint;
 BEGIN
-    IF pg_try_advisory_xact_lock_shared({key}) THEN
-        SELECT last_value INTO state FROM mover.{state_sequence};
-    END IF;
-    IF state IS DISTINCT FROM 1 THEN
-        PERFORM mover.{ask_function}();
-    END IF;
+    {let_pass}
     {writes};
     RETURN NULL;
 END

@@ -2,8 +2,9 @@
 --
 -- A place is (tenant, vertical); {name} is its hash, and {key} the same hash as an advisory lock's key.
 -- The state stands in a row, for people and for compare-and-swap, and in a sequence, for the guard: a
--- sequence's last_value is read without a snapshot, so that an old REPEATABLE READ or SERIALIZABLE
--- transaction cannot be fooled. States in the sequence: 1 open, 2 closed, 3 aborted, 4 moved.
+-- sequence is read without a snapshot, so that an old REPEATABLE READ or SERIALIZABLE transaction cannot be
+-- fooled; quickest by the function behind pg_sequences.last_value. States in the sequence: 1 open, 2 closed,
+-- 3 aborted, 4 moved.
 
 -- name: install
 -- Makes the guard functions; may be repeated. Locks nothing of the application's.
@@ -35,7 +36,7 @@ BEGIN
         PERFORM mover.{wait_function}();
     END IF;
     LOOP
-        SELECT last_value INTO state FROM mover.{state_sequence};
+        state := pg_sequence_last_value('mover.{state_sequence}');
         IF state = 1 THEN
             RETURN;
         END IF;
@@ -57,19 +58,24 @@ $ask$;
 CREATE OR REPLACE FUNCTION mover.{guard_function}() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $guard$
-DECLARE
-    state bigint;
 BEGIN
-    -- The quick way needs no subtransaction; it fails when the fence is being closed or is held.
-    IF pg_try_advisory_xact_lock_shared({key}) THEN
-        SELECT last_value INTO state FROM mover.{state_sequence};
-    END IF;
-    IF state IS DISTINCT FROM 1 THEN
-        PERFORM mover.{ask_function}();
-    END IF;
+    {let_pass}
     RETURN NULL;
 END
 $guard$;
+
+-- name: let_pass
+-- In the guard functions: returns for the mover's own rows, and goes on where the fence is open, the tenant's
+-- lock taken. The quick way needs no subtransaction; it fails when the fence is being closed or is held. CASE,
+-- since it keeps the order: the state counts under the lock.
+IF current_setting('mover.tenant', true) = {tenant_value} THEN
+        RETURN NULL;
+    END IF;
+    IF (CASE WHEN pg_try_advisory_xact_lock_shared({key})
+             THEN pg_sequence_last_value('mover.{state_sequence}') END) IS DISTINCT FROM 1
+    THEN
+        PERFORM mover.{ask_function}();
+    END IF;
 
 -- name: truncate_function
 -- A statement trigger knows no tenant: it tells that the table was emptied, and fails while the fence is
@@ -85,7 +91,7 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'tenant {tenant} is being moved',
             HINT = 'Retry the transaction.';
     END IF;
-    SELECT last_value INTO state FROM mover.{state_sequence};
+    state := pg_sequence_last_value('mover.{state_sequence}');
     IF state = 1 THEN
         {told};
     ELSIF state <> 4 THEN
@@ -177,7 +183,7 @@ GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}, boolean) TO PUBLI
     THEN
         SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen} FOR SHARE;
     ELSIF is_ours IS NULL THEN
-        SELECT last_value INTO state FROM mover.{state_sequence};
+        state := pg_sequence_last_value('mover.{state_sequence}');
         IF state IN (1, 4) THEN
             SELECT ours OR state = 1 INTO is_ours FROM mover.{owner_view} WHERE {chosen};
         ELSE
@@ -185,7 +191,7 @@ GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}, boolean) TO PUBLI
         END IF;
     END IF;
     IF is_ours IS NULL AND coming AND {refers} THEN
-        SELECT last_value = 1 INTO is_ours FROM mover.{state_sequence};
+        is_ours := pg_sequence_last_value('mover.{state_sequence}') = 1;
     END IF;
     IF is_ours THEN
         RETURN true;
@@ -240,18 +246,19 @@ DROP FUNCTION IF EXISTS {function}
 
 -- name: guard_table
 -- AFTER ROW, one trigger per operation: a BEFORE trigger costs other tenants WAL even when WHEN is false.
--- ENABLE ALWAYS: session_replication_role = replica must not pass. The mover's own sessions are told apart
--- in WHEN, so that no event is queued for the rows they load. Locks: SHARE ROW EXCLUSIVE on the table,
+-- ENABLE ALWAYS: session_replication_role = replica must not pass. WHEN is short: it is read and planned anew
+-- for each statement, also of other tenants. Only where the mover loads rows it leaves those out, so that no
+-- event is queued for them; and where it looks an owner up. Locks: SHARE ROW EXCLUSIVE on the table,
 -- under our lock timeout. Repeatable; the caller asks the catalog first, so as not to take the lock.
 -- A partitioned table's row triggers stand on its partitions as well, those that come later included.
 CREATE OR REPLACE TRIGGER {insert_trigger} AFTER INSERT ON {table} FOR EACH ROW
-    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value} AND {inserted})
+    WHEN ({inserted})
     EXECUTE FUNCTION mover.{insert_function}();
 CREATE OR REPLACE TRIGGER {update_trigger} AFTER UPDATE ON {table} FOR EACH ROW
-    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value} AND {updated})
+    WHEN ({updated})
     EXECUTE FUNCTION mover.{update_function}();
 CREATE OR REPLACE TRIGGER {delete_trigger} AFTER DELETE ON {table} FOR EACH ROW
-    WHEN (current_setting('mover.tenant', true) IS DISTINCT FROM {tenant_value} AND {deleted})
+    WHEN ({deleted})
     EXECUTE FUNCTION mover.{delete_function}();
 CREATE OR REPLACE TRIGGER {truncate_trigger} AFTER TRUNCATE ON {table} FOR EACH STATEMENT
     EXECUTE FUNCTION mover.{truncate_function}();
@@ -318,7 +325,7 @@ SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.rel
 -- name: guarded
 -- The tables that carry triggers of this place, a partitioned one before its partitions: whether all that
 -- guard are there and always fire, on each of its partitions, too; how many that tell of changes do; and
--- whether they write down what they let pass.
+-- whether they write down what they let pass; and whether their conditions leave the mover's own rows out.
 -- Reads only; locks none of them.
 WITH parts AS (
     SELECT c.oid, coalesce(pg_partition_root(c.oid), c.oid) AS root
@@ -326,14 +333,16 @@ WITH parts AS (
 ), found AS (
     SELECT t.tgrelid, count(*) FILTER (WHERE t.tgname = ANY (%(guarding)s) AND t.tgenabled = 'A') = 4 AS whole,
            count(*) FILTER (WHERE t.tgname = ANY (%(telling)s) AND t.tgenabled = 'A') AS telling,
-           bool_or(t.tgparentid = 0) AS made, bool_or(starts_with(p.proname, 'capture_')) AS captures
+           bool_or(t.tgparentid = 0) AS made, bool_or(starts_with(p.proname, 'capture_')) AS captures,
+           coalesce(bool_and(strpos(pg_get_triggerdef(t.oid), 'mover.tenant') > 0)
+               FILTER (WHERE t.tgname = ANY (%(guarding)s) AND t.tgqual IS NOT NULL), false) AS spares_ours
       FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
      WHERE t.tgname = ANY (%(guarding)s::name[] || %(telling)s::name[]) GROUP BY t.tgrelid
 )
 SELECT n.nspname, c.relname,
        (SELECT coalesce(bool_and(coalesce(f.whole, false)), false)
           FROM parts p LEFT JOIN found f ON f.tgrelid = p.oid WHERE p.root = c.oid),
-       m.telling, m.captures
+       m.telling, m.captures, m.spares_ours
   FROM found m
   JOIN pg_class c ON c.oid = m.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE m.made
