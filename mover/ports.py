@@ -320,6 +320,10 @@ class ChangeLog(Positions, Protocol):
         batch of it; says whether there may be more."""
         ...
 
+    async def make_room(self) -> None:
+        """Where enough is forgotten, let new entries have its room. Holds nobody up."""
+        ...
+
 
 class ApplyTransaction(Protocol):
     """One open transaction on the target; commits when its context ends without an error."""

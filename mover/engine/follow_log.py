@@ -21,6 +21,7 @@ from mover.ports import ApplyTarget, ChangeLog, ConsistentPoint, LoggedPoint
 
 # Between two looks: a look at nothing new costs the source four small queries.
 INTERVAL_S = 0.05
+FORGET_INTERVAL_S = 1.0  # each time costs the source a commit
 
 
 @dataclass
@@ -39,6 +40,7 @@ class LogFollower:
     _ended: BaseException | None = None
     _forgotten: Snapshot | None = None
     _next_at: float = 0.0  # on the event loop's clock, if nobody asks before
+    _forget_at: float = 0.0
 
     async def start(self) -> None:
         await self._ask_the_target()
@@ -54,9 +56,12 @@ class LogFollower:
             await asyncio.sleep(max(0.0, self._next_at - clock()))
             async with self._turn:
                 # Under the fence nothing comes after the last step: the next one would only be in the way.
-                if clock() >= self._next_at:
-                    await self._step()
-                    await self._forget()
+                if clock() < self._next_at:
+                    continue
+                began = clock()
+                await self._step()
+            if clock() >= self._forget_at:
+                await self._forget(took_s=clock() - began)
 
     async def reached(self, mark: str) -> None:
         """A snapshot that is taken now sees everything that committed before the mark."""
@@ -123,8 +128,15 @@ class LogFollower:
         self._snapshot = self._durable = point.snapshot
         self._reached = reached
 
-    async def _forget(self) -> None:
-        """A little at a time: whoever waits for a turn waits for this, too."""
-        if self._durable is not None and self._durable is not self._forgotten:
-            if not await self.log.forget(self._durable):
-                self._forgotten = self._durable
+    async def _forget(self, took_s: float) -> None:
+        """A little at a time, so that whoever waits for a turn need not wait for all of it; and no longer
+        than the step took, so that steps go on."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + max(took_s, INTERVAL_S)
+        while clock() < until:
+            async with self._turn:
+                durable = self._durable
+                if durable is None or durable is self._forgotten or not await self.log.forget(durable):
+                    self._forgotten, self._forget_at = durable, clock() + FORGET_INTERVAL_S
+                    break
+        await self.log.make_room()

@@ -33,6 +33,7 @@ from mover.sql import load
 
 BATCH_ROWS, BATCH_BYTES = 5_000, 8 << 20
 FORGET_ROWS = 2_000  # at a time: some milliseconds, for which a cutover may have to wait
+VACUUM_ROWS = 20_000  # have been forgotten: some 3 MB
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
 
@@ -41,18 +42,20 @@ class PgChangeLog:
 
     def __init__(
         self,
-        label: str,
+        database: Database,
         points: Points,
         conn: Connection,
         shape: Shape,
         tenant: TenantId,
         identity: Identity,
     ) -> None:
-        self.label, self.tenant = label, tenant
+        self.label, self.tenant = database.label, tenant
+        self._database = database
         self.tables = {table.source: table for table in shape.tables}
         self._identity, self._points, self._conn = identity, points, conn
         self._relations: dict[int, Relation] = {}
         self._forgotten_before = 0  # the transaction id
+        self._dead = 0
         self._numbers: dict[TableRef, int] = {}  # each table's oid, for as long as it is the planned one
 
     @classmethod
@@ -61,7 +64,7 @@ class PgChangeLog:
         cls, database: Database, points: Points, shape: Shape, tenant: TenantId, identity: Identity
     ) -> AsyncIterator[PgChangeLog]:
         async with database.connect("log") as conn:
-            log = cls(database.label, points, conn, shape, tenant, identity)
+            log = cls(database, points, conn, shape, tenant, identity)
             with translate(database.label):
                 for table in log.tables:
                     row = await (await conn.execute(_OID, (table.schema, table.name))).fetchone()
@@ -109,9 +112,17 @@ class PgChangeLog:
             async with self._conn.transaction():
                 await owner.hold(self._conn, self._identity)
                 deleted = (await self._conn.execute(statement, facts)).rowcount
+        self._dead += deleted
         if deleted < FORGET_ROWS:
             self._forgotten_before = seen.xmin
         return deleted == FORGET_ROWS
+
+    async def make_room(self) -> None:
+        if self._dead >= VACUUM_ROWS:
+            self._dead = 0
+            statement = sql.SQL(load("capture")["make_room"]).format(log=log_of(self.migration))
+            async with self._database.borrow("log") as conn:
+                await conn.execute(statement)
 
     def relation(self, found: Relation) -> Relation:
         """The same object as long as nothing has changed, for those who keep something by it."""

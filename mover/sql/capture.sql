@@ -9,7 +9,8 @@
 -- The xid is the top-level transaction's, also of what a savepoint wrote.
 
 -- name: make_log
--- Locks nothing of the application's; repeatable. Entries live for seconds: it is vacuumed by their number.
+-- Locks nothing of the application's; repeatable. Entries live for seconds, and whoever removes them vacuums,
+-- since autovacuum may be off or busy for hours; no writer should wait for a shorter file.
 -- A publication of all tables would refuse to have rows deleted that have no replica identity.
 DO $make$
 BEGIN
@@ -19,8 +20,7 @@ BEGIN
             relation oid NOT NULL,
             part smallint NOT NULL,
             value text[]
-        ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000,
-                autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_threshold = 20000);
+        ) WITH (autovacuum_enabled = false, vacuum_truncate = false);
         CREATE INDEX {index} ON mover.{log} (relation, xid);
         ALTER TABLE mover.{log} REPLICA IDENTITY FULL;
     END IF;
@@ -103,6 +103,10 @@ COPY (SELECT {keys}, {values}
 -- The other entries of one table, each value once. Reads only.
 SELECT l.part, l.value, count(*) FROM mover.{log} AS l
  WHERE l.relation = {relation} AND l.part <> 0 AND {is_new} GROUP BY l.part, l.value
+
+-- name: make_room
+-- Locks the log against other maintenance alone; does nothing while there is some. Repeatable.
+VACUUM (ANALYZE, SKIP_LOCKED) mover.{log}
 
 -- name: forget
 -- Under the owner's row: entries that every snapshot from now on sees, and the target's durable one did.

@@ -11,10 +11,12 @@ import pytest
 from mover.core.errors import ApplyConflict, PlanOutdated
 from mover.core.ids import Capture, MigrationId, TableRef
 from mover.core.tables import Column, MovedTable
-from mover.postgres import agent
+from mover.engine import follow_log
+from mover.postgres import agent, change_log
 from mover.postgres.capture import Capture as Capturing
 from mover.postgres.capture import log_bytes
 from tests.support.rig import OTHER, TENANT, Rig, Subject, execute, rig
+from tests.support.waiting import until
 
 TRIGGER = Capture.TRIGGER
 
@@ -81,6 +83,21 @@ async def test_a_transaction_that_stays_open_holds_nothing_up_and_is_not_forgott
         await expect_equal(r)
         await r.follower.log.forget(r.follower._durable)
         assert entries(r) <= 1
+
+
+async def test_the_log_takes_no_more_room_however_long_it_is_written(pair, monkeypatch):
+    monkeypatch.setattr(follow_log, "FORGET_INTERVAL_S", 0.0)
+    monkeypatch.setattr(change_log, "VACUUM_ROWS", 1000)
+    sizes = []
+    async with rig(pair.source, pair.target, capture=TRIGGER) as r, r.following():
+        await r.copy().run()
+        async with r.source.borrow("test") as conn:
+            for _ in range(12):
+                execute(pair.source, "UPDATE app.item SET amount = amount + 1 WHERE tenant_id = %s", TENANT)
+                execute(pair.source, "UPDATE app.item SET amount = amount + 1 WHERE tenant_id = %s", TENANT)
+                await until(lambda: entries(r) == 0)
+                sizes.append(await log_bytes(conn, r.migration))
+    assert max(sizes[6:]) <= max(sizes[:6]), sizes
 
 
 async def test_a_follower_goes_on_from_what_the_target_has_stored(pair):
