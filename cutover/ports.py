@@ -58,6 +58,10 @@ class TargetFence(Fence, Protocol):
 class Drain(Protocol):
     """The change stream, as far as a cutover needs it."""
 
+    async def catch_up_once(self) -> None:
+        """Until everything that has committed by now is applied."""
+        ...
+
     async def reached(self, mark: str) -> None:
         """Until everything before the mark is applied and durable on the target."""
         ...

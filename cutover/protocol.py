@@ -89,6 +89,7 @@ async def cut_over(world: World, budget_s: float) -> Report:
     try:
         for part in (world.proof, world.sequences, world.target, world.source):
             await part.get_ready()
+        await world.drain.catch_up_once()  # so that little is left, and nothing under way to be waited for
         started = world.clock.monotonic()
         evidence = await _close_and_prove(world, budget_s, watch)
         async with watch.step("decide"):
