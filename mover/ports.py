@@ -294,7 +294,8 @@ class ChangesSince(Protocol):
         ...
 
     def whole_rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[RowChange]]:
-        """The net changes of tables without a key; may be asked again."""
+        """The net changes of tables without a key, unless they are among those `truncated`; may be asked
+        again."""
         ...
 
 

@@ -5,8 +5,7 @@ The SQL and its reasons stand in `mover/sql/capture.sql`.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -25,7 +24,7 @@ from mover.core.rowtext import parse_row
 from mover.core.snapshot import Snapshot
 from mover.core.tables import MovedTable, Shape
 from mover.postgres import holdings, owner, ranges
-from mover.postgres.capture import CAME, EMPTIED, KEY, log_of
+from mover.postgres.capture import CAME, EMPTIED, GONE, KEY, log_of
 from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
 from mover.postgres.points import Point, Points, take_snapshot
@@ -176,31 +175,25 @@ class PgChangesSince:
     parts: dict[int, set[int]] = field(default_factory=dict)
     truncated: list[Truncated] = field(default_factory=list)
     rehomed: Values = field(default_factory=dict)
-    _whole: list[tuple[Relation, Counter[str]]] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
         return not self.parts
 
     async def read_values(self) -> None:
-        """Everything but the keys of changed rows, of which there are few."""
+        """Everything but what is written down of changed rows, of which there are few."""
         for oid, parts in self.parts.items():
-            if parts == {KEY}:
+            if parts <= {KEY, GONE, CAME}:
                 continue
             relation = self.relations[oid]
             table = self.point.log.tables[relation.table]
-            whole = Counter[str]()
             query = self._query("written_values", relation=sql.Literal(oid))
-            for part, value, count in await (await self.point.conn.execute(query)).fetchall():
-                if part > KEY:
-                    reference = (relation.table, table.referenced[part - 1])
-                    self.rehomed.setdefault(reference, set()).add(tuple(value))
-                elif part == EMPTIED:
+            for part, value in await (await self.point.conn.execute(query)).fetchall():
+                if part == EMPTIED:
                     self.truncated.append(Truncated(relation.table, TableRef(*value) if value else None))
                 else:
-                    whole[value[0]] += count if part == CAME else -count
-            if whole:
-                self._whole.append((relation, whole))
+                    reference = (relation.table, table.referenced[part - 1])
+                    self.rehomed.setdefault(reference, set()).add(tuple(value))
 
     @property
     def tables(self) -> Collection[TableRef]:
@@ -239,19 +232,41 @@ class PgChangesSince:
                 raise _outdated(relation.table) from error
 
     async def whole_rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[RowChange]]:
-        for relation, net in self._whole:
+        emptied = {truncated.table for truncated in self.truncated}  # what came before that counts no more
+        for oid, relation in self.relations.items():
             there = copied.get(relation.table)
-            if there is not None and not there.nothing:
-                yield list(self._net_changes(relation, net))
+            if (
+                there is None
+                or there.nothing
+                or relation.table in emptied
+                or not self.parts[oid] & {GONE, CAME}
+            ):
+                continue
+            batch: list[RowChange] = []
+            size_bytes = 0
+            async for change, row_bytes in self._net_changes(relation):
+                batch.append(change)
+                size_bytes += row_bytes
+                if len(batch) >= BATCH_ROWS or size_bytes >= BATCH_BYTES:
+                    yield batch
+                    batch, size_bytes = [], 0
+            if batch:
+                yield batch
 
-    def _net_changes(self, relation: Relation, net: Counter[str]) -> Iterator[RowChange]:
+    async def _net_changes(self, relation: Relation) -> AsyncIterator[tuple[RowChange, int]]:
         table = self.point.log.tables[relation.table]
         tenant_at = [column.name == table.tenant_column for column in relation.columns].index(True)
-        for text, count in net.items():
-            row = self._parsed(relation, table, text)
-            if row[tenant_at] == str(self.point.log.tenant).encode():
-                change = Insert(relation, row) if count > 0 else Delete(relation, row)
-                yield from repeat(change, abs(count))
+        query = self._query("net_rows", relation=sql.Literal(relation.oid))
+        with translate(self.point.label):
+            async with self.point.conn.cursor() as cursor, cursor.copy(query) as copy:
+                async for block in copy:
+                    for line in bytes(block).splitlines():  # a row is never cut
+                        text, net = (value.decode() for value in decode_row(line) if isinstance(value, bytes))
+                        row = self._parsed(relation, table, text)
+                        if row[tenant_at] == str(self.point.log.tenant).encode():
+                            change = Insert(relation, row) if int(net) > 0 else Delete(relation, row)
+                            for each in repeat(change, abs(int(net))):
+                                yield each, len(line)
 
     def _parsed(self, relation: Relation, table: MovedTable, text: str) -> Row:
         """A row's text does not say which columns it had: those that came since are NULL in it."""

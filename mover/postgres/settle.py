@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 
-from mover.core.changes import Delete, Insert, RowChange, Seen, Update, kinds
+from mover.core.changes import Delete, Insert, RowChange, Seen, Truncated, Update, kinds
 from mover.core.copying import Key
 from mover.core.ids import TableRef
 from mover.ports import ChangesSince, ConsistentPoint
@@ -25,11 +25,22 @@ class Settling(Transaction):
 
     async def settle(self, changes: ChangesSince, point: ConsistentPoint) -> Counter[str]:
         done = Counter[str]()
+        anew = {t.table for t in changes.truncated if t.table in self._tables.keyless}
         # Children first, for where foreign keys are in force.
         for truncated in sorted(changes.truncated, key=lambda t: -self._tables.order(t.table)):
-            await self._truncate(truncated)
+            await self._truncate(Truncated(truncated.table) if truncated.table in anew else truncated)
             done.update(kinds([truncated]))
-        return done + await self._settle_below(changes, point)
+        done += await self._settle_below(changes, point)
+        for ref in anew:
+            await self._copy_anew(ref, point)
+        return done
+
+    async def _copy_anew(self, ref: TableRef, point: ConsistentPoint) -> None:
+        """Which changes came before a table was emptied nobody can tell where there is no key."""
+        table, tenant = self._tables.merge(ref).table, self._tables.tenant
+        assert table.tenant_column is not None  # owned tables have a key
+        if not self._tables.copied(ref).nothing:
+            await self._tables.owned.fetch(self._conn, point, table, (table.tenant_column,), {(str(tenant),)})
 
     async def _settle_below(self, changes: ChangesSince, point: ConsistentPoint) -> Counter[str]:
         """The changes, and what comes and goes with the rows that have changed."""

@@ -100,9 +100,16 @@ COPY (SELECT {keys}, {values}
         LEFT JOIN {table} AS t ON ({keys}) = ({found_keys}) AND {tenants} AND {copied}) TO STDOUT
 
 -- name: written_values
--- The other entries of one table, each value once. Reads only.
-SELECT l.part, l.value, count(*) FROM mover.{log} AS l
- WHERE l.relation = {relation} AND l.part <> 0 AND {is_new} GROUP BY l.part, l.value
+-- What else is written down of a table with a key, or that one was emptied, each value once. Reads only.
+SELECT DISTINCT l.part, l.value FROM mover.{log} AS l
+ WHERE l.relation = {relation} AND (l.part > 0 OR l.part = -1) AND {is_new}
+
+-- name: net_rows
+-- How many more of each row have come than gone, of a table without a key. What goes comes first: it frees
+-- values that are unique. Reads only.
+COPY (SELECT l.value[1], sum(CASE l.part WHEN -3 THEN 1 ELSE -1 END) AS net FROM mover.{log} AS l
+       WHERE l.relation = {relation} AND l.part IN (-2, -3) AND {is_new}
+       GROUP BY l.value HAVING sum(CASE l.part WHEN -3 THEN 1 ELSE -1 END) <> 0 ORDER BY net) TO STDOUT
 
 -- name: make_room
 -- Locks the log against other maintenance alone; does nothing while there is some. Repeatable.

@@ -20,6 +20,7 @@ from mover.core.ids import Capture, Side, TableRef
 from mover.core.tables import Column, MovedTable
 from mover.engine.preflight import judge
 from mover.postgres.digests import open_readers, verify_databases
+from tests.conftest import every_combination
 from tests.support.facts import column, facts, server, table
 from tests.support.rig import OTHER, TENANT, Rig, Subject, execute, rig
 from verify.compare import compare, compare_keys
@@ -171,6 +172,27 @@ async def test_of_equal_rows_the_same_one_goes_and_only_as_many(pair, capture):
             execute(pair.source, f"UPDATE app.event SET kind = 'z' WHERE ctid = {one}", number)
         await r.follower.catch_up_once()
         assert content(pair.target) == content(pair.source)
+
+
+@every_combination
+async def test_a_truncation_takes_what_came_before_it_and_leaves_what_comes_after(pair, capture):
+    async with rig(pair.source, pair.target, subject=EVENTS, capture=capture) as r:
+        seed(pair.source, 20, TENANT, OTHER)
+        async with r.following():
+            await r.copy().run()
+            async with r.follower.paused():
+                row = "INSERT INTO app.event (tenant_id, at, kind) VALUES (%s, '2024-01-01', %s)"
+                with psycopg.connect(pair.source) as conn:
+                    conn.execute(row, (TENANT, "before"))
+                    conn.execute("DELETE FROM app.event WHERE kind = 'kind' AND amount IS NULL")
+                    conn.execute("TRUNCATE app.event")
+                    conn.execute(
+                        """SELECT pg_logical_emit_message(true, 'mover.truncate', '["app", "event"]')"""
+                    )
+                    conn.execute(row, (TENANT, "after"))
+                    conn.execute(row, (TENANT, "after"))
+            await r.follower.catch_up_once()
+            assert content(pair.target) == content(pair.source) != []
 
 
 async def test_unique_values_may_change_hands_in_a_batch(pair, capture):
