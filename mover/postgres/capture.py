@@ -6,7 +6,7 @@ The SQL and its reasons stand in `mover/sql/capture.sql`; `change_log` reads wha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -40,9 +40,9 @@ def index_of(migration: MigrationId) -> sql.Identifier:
     return sql.Identifier(f"change_log_{migration.hex}_new")
 
 
-def digest(table: TableRef) -> str:
-    """A short name for a table, whatever its own."""
-    return hashlib.md5(str(table).encode(), usedforsecurity=False).hexdigest()[:16]
+def digest(*of: object) -> str:
+    """A short name for a table, or for whatever else is meant, whatever its own."""
+    return hashlib.md5("/".join(map(str, of)).encode(), usedforsecurity=False).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +66,30 @@ class Capture:
         await conn.execute(sql.SQL(load("capture")["make_log"]).format(**names))
 
     async def make_functions(
-        self, conn: Connection, holding: Holding, constants: dict[str, sql.Composable]
+        self,
+        conn: Connection,
+        holding: Holding,
+        constants: Mapping[str, sql.Composable],
+        let_pass: Mapping[str, sql.Composable],
     ) -> None:
-        """Those that the triggers of one table call; in the caller's transaction."""
+        """Those that the triggers of one table call, by the triggers' kinds; in the caller's transaction."""
         row_functions = {part: self._row_function(holding.table, part) for part in _parts(holding)}
+        oid = await oid_of(conn, holding.table)
+        is_plain = await _are_plain(conn, oid, holding)
         for part, columns in _parts(holding).items():
-            values = [sql.SQL("($1).{}::text").format(sql.Identifier(column)) for column in columns]
-            values = values or [sql.SQL("($1)::text").format()]
+            values = [_as_text(sql.SQL("($1).{}").format(sql.Identifier(c)), is_plain) for c in columns]
+            values = values or [_as_text(sql.SQL("($1)").format(), is_plain)]
             parts = {
                 "function": row_functions[part],
                 "table": named(holding.table),
                 "values": sql.SQL("ARRAY[{}]").format(sql.SQL(", ").join(values)),
             }
             await conn.execute(sql.SQL(load("capture")["row_function"]).format(**parts))
-        oid = await oid_of(conn, holding.table)
-        settings = sql.SQL("" if await _are_plain(conn, oid, holding) else _SETTINGS)
+        settings = sql.SQL("" if is_plain else _SETTINGS)
         for kind, writes in _writes(holding).items():
             parts = {
                 **constants,
+                "let_pass": let_pass[kind],
                 "function": self.function(holding.table, kind),
                 "settings": settings,
                 "writes": sql.SQL("; ").join(self._write(holding.table, oid, write) for write in writes),
@@ -121,6 +127,14 @@ class Capture:
     def _row_function(self, table: TableRef, part: int) -> sql.Identifier:
         of = "whole" if part in (GONE, CAME) else "home" if part == HOME else str(part)
         return sql.Identifier(f"{self.row_prefix}{digest(table)}_{of}")
+
+
+def _as_text(value: sql.Composed, is_plain: bool) -> sql.Composed:
+    """As the type's output function writes it: what is no type of the server's may have a cast of somebody
+    else's, which would run with our rights."""
+    if is_plain:
+        return sql.SQL("{}::text").format(value)
+    return sql.SQL("CASE WHEN {0} IS DISTINCT FROM NULL THEN format('%s', {0}) END").format(value)
 
 
 def whose(holding: Holding) -> tuple[str, ...]:

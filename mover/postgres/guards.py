@@ -69,16 +69,34 @@ class Guards:
 
     async def make_functions(self, conn: Connection, tables: Iterable[Holding]) -> None:
         """In the caller's transaction."""
-        let_pass = self._sql("let_pass")
-        await conn.execute(self._sql("install", let_pass=let_pass))
+        await conn.execute(self._sql("install", let_pass=self._let_pass()))
         if self._captures:
             await self._capture.make_log(conn)
-            for holding in tables:
-                await self._capture.make_functions(conn, holding, self._names | {"let_pass": let_pass})
         elif any(map(self._telling, tables)):
             await conn.execute(self._sql("tell_function"))
+        for holding in tables:
+            await self._make_functions_of(conn, holding)
         told = self._capture.told if self._captures else sql.SQL(load("fence")["truncate_in_stream"])
         await conn.execute(self._sql("truncate_function", told=told))
+
+    async def _make_functions_of(self, conn: Connection, holding: Holding) -> None:
+        """Owners come first."""
+        is_owned = holding.tenant_column is None
+        if is_owned:
+            await self._make_owned_function(conn, holding)
+        ours = self._conditions(holding)
+        let_pass = {kind: self._let_pass(ours[kind] if is_owned else None) for kind in ours}
+        if self._captures:
+            await self._capture.make_functions(conn, holding, self._names, let_pass)
+        elif is_owned:
+            for kind in ours:
+                function = self._called(holding, kind)
+                await conn.execute(self._sql("guard_owned", function=function, let_pass=let_pass[kind]))
+
+    def _let_pass(self, ours: sql.Composable | None = None) -> sql.Composed:
+        """`ours`: what tells whether the row is the tenant's, where that is not certain."""
+        moved = self._sql("refuse") if ours is None else self._sql("refuse_if_ours", ours=ours)
+        return self._sql("let_pass", moved=moved)
 
     async def stop_capturing(self, conn: Connection) -> None:
         """Where nobody gets past the guards any more: nothing of ours depends on columns for it; in the
@@ -114,13 +132,12 @@ class Guards:
 
     async def guard(self, conn: Connection, holding: Holding, say: Say) -> None:
         table = holding.table
-        if holding.tenant_column is None:
-            await self._make_owned_function(conn, holding)
         conditions = self._conditions(holding)
         if self._is_filled or holding.tenant_column is None:
             conditions = {kind: self._of_others(condition) for kind, condition in conditions.items()}
-        called = {f"{kind}_function": self._called(table, kind) for kind in ("insert", "update", "delete")}
-        statement = self._sql("guard_table", table=named(table), **conditions, **called)
+        called = {f"{kind}_function": self._called(holding, kind) for kind in conditions}
+        named_conditions = {f"{kind}_condition": condition for kind, condition in conditions.items()}
+        statement = self._sql("guard_table", table=named(table), **named_conditions, **called)
         await self._under_lock_timeout(conn, statement, table, say)
         if not self._captures and holding.tenant_column is not None and holding.referenced:
             await self._tell_of_changes(conn, holding, say)
@@ -148,7 +165,8 @@ class Guards:
             await conn.execute(self._sql("drop_view", view=sql.Identifier(*view)))
         capturing = [self._capture.prefix, self._capture.row_prefix]
         kinds = ("tell", "owned", "hold", "ours", "hand_over")
-        await self._drop(conn, [*capturing, *(f"{kind}_{self._name}" for kind in kinds)])
+        of_tables = [*(f"{kind}_{self._name}" for kind in kinds), f"guard_{self._name}_"]
+        await self._drop(conn, [*capturing, *of_tables])
 
     async def drop_functions(self, conn: Connection) -> None:
         """After the last trigger; in the caller's transaction."""
@@ -159,17 +177,22 @@ class Guards:
         for function in await capture.functions(conn, prefixes):
             await conn.execute(self._sql("drop_function", function=function))
 
-    def _called(self, table: TableRef, kind: str) -> sql.Composable:
+    def _called(self, holding: Holding, kind: str) -> sql.Composable:
         """The function that the table's trigger calls."""
-        return self._capture.function(table, kind) if self._captures else self._names["guard_function"]
+        if self._captures:
+            return self._capture.function(holding.table, kind)
+        if holding.tenant_column is None:
+            return sql.Identifier(f"{self._of('guard', holding.table)}_{kind}")
+        return self._names["guard_function"]
 
     def _conditions(self, holding: Holding) -> dict[str, sql.Composable]:
-        """Whether a row that is inserted, updated or deleted is the tenant's, before or after."""
+        """Whether a row that is inserted, updated or deleted is the tenant's, before or after; by the kind of
+        the trigger."""
         if holding.tenant_column is not None:
             column, tenant = sql.Identifier(holding.tenant_column), sql.Literal(str(self._tenant))
             new, old = (sql.SQL(f"{row}.{{}} = {{}}").format(column, tenant) for row in ("NEW", "OLD"))
             either = sql.SQL("{} = ANY (ARRAY[OLD.{}, NEW.{}])").format(tenant, column, column)
-            return {"inserted": new, "updated": either, "deleted": old}
+            return {"insert": new, "update": either, "delete": old}
         function = sql.Identifier("mover", self._of("owned", holding.table))
         new_values, old_values = (_values(row, owning_columns(holding)) for row in ("NEW", "OLD"))
         refers_anew = sql.SQL("ROW({}) IS DISTINCT FROM ROW({})").format(old_values, new_values)
@@ -178,7 +201,7 @@ class Guards:
         updated = sql.SQL("({}({}, {anew}) OR {anew} AND {})").format(
             function, new_values, deleted, anew=refers_anew
         )
-        return {"inserted": inserted, "updated": updated, "deleted": deleted}
+        return {"insert": inserted, "update": updated, "delete": deleted}
 
     def _of_others(self, condition: sql.Composable) -> sql.Composed:
         """The condition, for sessions that are not the mover's."""
@@ -190,38 +213,35 @@ class Guards:
         parameters = sql.SQL(", ").join(
             sql.SQL("{}.{}%TYPE").format(named(holding.table), sql.Identifier(column)) for column in columns
         )
-        ties = list(enumerate(holding.ties, start=1))
-        views = {
-            n: sql.Identifier(f"{self._view_prefix}{capture.digest(holding.table)}_{n}") for n, _ in ties
-        }
         asked = [
             self._sql(
                 "owned_by",
-                owner_view=views[n],
-                chosen=_chosen(tie, columns),
+                owner_view=await self._make_owner_view(conn, holding, tie),
+                chosen=_chosen(tie, columns, await _collations(conn, tie)),
                 refers=_refers(tie, columns),
+                is_owned=sql.Literal(tie.parent.tenant_column is None),
+                is_followed=sql.Literal(not self._is_filled),
                 owner_oid=sql.Literal(await capture.oid_of(conn, tie.parent.table)),
                 hand_over_name=sql.Literal(self._trigger("hand_over")),
             )
-            for n, tie in ties
+            for tie in holding.ties
         ]
-        statement = self._sql(
-            "owned_function",
-            owned_function=sql.Identifier(self._of("owned", holding.table)),
-            parameters=parameters,
-            ties=sql.SQL("\n").join(asked),
+        function = sql.Identifier(self._of("owned", holding.table))
+        ties = sql.SQL("\n").join(asked)
+        await conn.execute(
+            self._sql("owned_function", owned_function=function, parameters=parameters, ties=ties)
         )
-        async with conn.transaction():
-            await owner.hold(conn, self._identity)
-            for n, tie in ties:
-                parts = {
-                    "owner_view": views[n],
-                    "table": named(tie.parent.table),
-                    "ours": self._looks_up(tie),
-                }
-                referenced = _aliased(tie.referenced)
-                await conn.execute(self._sql("owner_view", referenced=referenced, **parts))
-            await conn.execute(statement)
+
+    async def _make_owner_view(self, conn: Connection, holding: Holding, tie: Tie) -> sql.Identifier:
+        referenced, table, ours = _aliased(tie.referenced), named(tie.parent.table), self._looks_up(tie)
+        oid = await capture.oid_of(conn, tie.parent.table)
+        name = f"{self._view_prefix}{capture.digest(holding.table, oid, tie, ours.as_string(None))}"
+        found = await (await conn.execute(load("fence")["views"], {"prefix": name})).fetchall()
+        view = sql.Identifier(name)
+        if not found:
+            parts = {"owner_view": view, "referenced": referenced, "ours": ours, "table": table}
+            await conn.execute(self._sql("owner_view", **parts))
+        return view
 
     def _looks_up(self, tie: Tie) -> sql.Composed:
         """Whether the owner `o` is the tenant's, for a look-up that locks what it depends on."""
@@ -252,8 +272,10 @@ class Guards:
         parts = {"table": named(table), **names}
         async with conn.transaction():
             await owner.hold(conn, self._identity)
-            await conn.execute(self._sql("hand_over_function", itself=itself, ours=ours, **parts))
-        arrives = sql.SQL("true") if holding.tenant_column is None else self._conditions(holding)["inserted"]
+            is_owned = sql.Literal(holding.tenant_column is None)
+            made = self._sql("hand_over_function", itself=itself, ours=ours, is_owned=is_owned, **parts)
+            await conn.execute(made)
+        arrives = sql.SQL("true") if holding.tenant_column is None else self._conditions(holding)["insert"]
         old_values, new_values = (_values(row, whose) for row in ("OLD", "NEW"))
         statement = self._sql(
             "hand_over", old_values=old_values, new_values=new_values, arrives=arrives, **parts
@@ -300,11 +322,12 @@ class Guards:
     def _names(self) -> dict[str, sql.Composable]:
         """Texts in them are hexadecimal or uuids."""
         names = {
-            f"{kind}_sequence": sql.SQL(f"{kind}_{self._name}") for kind in ("state", "refused", "owners")
+            f"{kind}_sequence": sql.SQL(f"{kind}_{self._name}")
+            for kind in ("state", "refused", "owners", "parents")
         }
         names |= {
             f"{kind}_function": sql.SQL(f"{kind}_{self._name}")
-            for kind in ("guard", "ask", "truncate", "wait", "tell")
+            for kind in ("guard", "ask", "refuse", "truncate", "wait", "tell")
         }
         triggers = {
             f"{kind}_trigger": sql.Identifier(self._trigger(kind)) for kind in (*_GUARDING, *_TELLING)
@@ -324,12 +347,20 @@ def _aliased(names: Sequence[str]) -> sql.Composed:
     )
 
 
-def _chosen(tie: Tie, columns: Sequence[str]) -> sql.Composed:
-    """The owner that the function's parameters, which are `columns`, refer to."""
+def _chosen(tie: Tie, columns: Sequence[str], collations: Sequence[sql.Composable]) -> sql.Composed:
+    """The owner that the function's parameters, which are `columns`, refer to. All parameters of a function
+    have one collation; indexes are found by that of their column."""
     return sql.SQL(" AND ").join(
-        sql.SQL("{} = {}").format(_key(n), sql.SQL(f"${columns.index(name) + 1}"))
-        for n, name in enumerate(tie.columns, start=1)
+        sql.SQL("{} = {}{}").format(_key(n), sql.SQL(f"${columns.index(name) + 1}"), collation)
+        for n, (name, collation) in enumerate(zip(tie.columns, collations, strict=True), start=1)
     )
+
+
+async def _collations(conn: Connection, tie: Tie) -> list[sql.Composable]:
+    """Of the columns referred to; nothing where the type has none."""
+    facts = {"relation": await capture.oid_of(conn, tie.parent.table), "names": list(tie.referenced)}
+    found = await (await conn.execute(load("fence")["collations"], facts)).fetchall()
+    return [sql.SQL(" COLLATE {}").format(sql.Identifier(*c)) if c[0] else sql.SQL("") for c in found]
 
 
 def _refers(tie: Tie, columns: Sequence[str]) -> sql.Composed:

@@ -12,6 +12,8 @@ CREATE SEQUENCE IF NOT EXISTS mover.{state_sequence} MINVALUE 1 MAXVALUE 4 NO CY
 CREATE SEQUENCE IF NOT EXISTS mover.{refused_sequence};
 -- 1: no owner of rows has come from another tenant; 2: one has, or is about to.
 CREATE SEQUENCE IF NOT EXISTS mover.{owners_sequence} MINVALUE 1 MAXVALUE 2 NO CYCLE;
+-- 1: no owner that is owned itself has been given another one; 2: one has, or is about to.
+CREATE SEQUENCE IF NOT EXISTS mover.{parents_sequence} MINVALUE 1 MAXVALUE 2 NO CYCLE;
 
 CREATE OR REPLACE FUNCTION mover.{wait_function}() RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = {wait_ms}
@@ -24,8 +26,8 @@ EXCEPTION WHEN lock_not_available THEN
 END
 $wait$;
 
--- The slow way of a writer: returns when the fence is open.
-CREATE OR REPLACE FUNCTION mover.{ask_function}() RETURNS void
+-- The slow way of a writer: whether the fence is open; false when the tenant has moved.
+CREATE OR REPLACE FUNCTION mover.{ask_function}() RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $ask$
 DECLARE
@@ -37,13 +39,8 @@ BEGIN
     END IF;
     LOOP
         state := pg_sequence_last_value('mover.{state_sequence}');
-        IF state = 1 THEN
-            RETURN;
-        END IF;
-        IF state = 4 THEN
-            PERFORM nextval('mover.{refused_sequence}');
-            RAISE EXCEPTION USING ERRCODE = '25006', MESSAGE = 'tenant {tenant} has moved',
-                HINT = 'Reload the tenant''s route and retry there.';
+        IF state IN (1, 4) THEN
+            RETURN state = 1;
         END IF;
         -- Closed without a living owner, who would hold the lock: somebody takes over soon.
         IF clock_timestamp() > deadline THEN
@@ -55,6 +52,16 @@ BEGIN
 END
 $ask$;
 
+CREATE OR REPLACE FUNCTION mover.{refuse_function}() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $refuse$
+BEGIN
+    PERFORM nextval('mover.{refused_sequence}');
+    RAISE EXCEPTION USING ERRCODE = '25006', MESSAGE = 'tenant {tenant} has moved',
+        HINT = 'Reload the tenant''s route and retry there.';
+END
+$refuse$;
+
 CREATE OR REPLACE FUNCTION mover.{guard_function}() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $guard$
@@ -63,6 +70,17 @@ BEGIN
     RETURN NULL;
 END
 $guard$;
+
+-- name: guard_owned
+-- The same for an owned table, whose rows it looks at again. Repeatable; locks nothing of the application's.
+CREATE OR REPLACE FUNCTION mover.{function}() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $guard$
+BEGIN
+    {let_pass}
+    RETURN NULL;
+END
+$guard$
 
 -- name: let_pass
 -- In the guard functions: returns for the mover's own rows, and goes on where the fence is open, the tenant's
@@ -74,8 +92,22 @@ IF current_setting('mover.tenant', true) = {tenant_value} THEN
     IF (CASE WHEN pg_try_advisory_xact_lock_shared({key})
              THEN pg_sequence_last_value('mover.{state_sequence}') END) IS DISTINCT FROM 1
     THEN
-        PERFORM mover.{ask_function}();
+        IF NOT mover.{ask_function}() THEN
+            {moved};
+        END IF;
     END IF;
+
+-- name: refuse
+-- Where the tenant has moved. Locks nothing.
+PERFORM mover.{refuse_function}()
+
+-- name: refuse_if_ours
+-- The same for a row of which it was in doubt whose it is: behind the fence the look-up tells. Locks owners as
+-- it does.
+IF {ours} THEN
+                PERFORM mover.{refuse_function}();
+            END IF;
+            RETURN NULL
 
 -- name: truncate_function
 -- A statement trigger knows no tenant: it tells that the table was emptied, and fails while the fence is
@@ -106,11 +138,13 @@ $truncate$
 -- A row to which owned rows refer changed its tenant: theirs come or go with it, without a change of their
 -- own. Or another tenant's gave its values up, which the next row may take while rows still refer to them.
 -- The arguments are the message's prefix and the numbers of the columns referred to, which outlive a new
--- name. Dates are written as they are in the stream, whatever the writer's DateStyle.
+-- name. Dates are written as they are in the stream, whatever the writer's DateStyle; messages are not converted
+-- to the reader's encoding. By the types' output functions: a cast may be somebody else's.
 CREATE OR REPLACE FUNCTION mover.{tell_function}() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO, YMD'
 AS $tell$
 DECLARE
+    written CONSTANT text := 'SELECT CASE WHEN ($1).%1$I IS DISTINCT FROM NULL THEN format(''%%s'', ($1).%1$I) END';
     referenced name;
     value text;
     was jsonb := '{{}}';
@@ -119,42 +153,46 @@ BEGIN
     FOR referenced IN
         SELECT attname FROM pg_attribute WHERE attrelid = TG_RELID AND attnum = ANY (TG_ARGV[1:]::int2[])
     LOOP
-        EXECUTE format('SELECT ($1).%I::text', referenced) INTO value USING OLD;
+        EXECUTE format(written, referenced) INTO value USING OLD;
         was := was || jsonb_build_object(referenced, value);
         IF TG_OP = 'UPDATE' THEN
-            EXECUTE format('SELECT ($1).%I::text', referenced) INTO value USING NEW;
+            EXECUTE format(written, referenced) INTO value USING NEW;
             is_now := is_now || jsonb_build_object(referenced, value);
         END IF;
     END LOOP;
     PERFORM pg_logical_emit_message(true, TG_ARGV[0],
-        jsonb_build_array(TG_TABLE_SCHEMA, TG_TABLE_NAME, was, is_now)::text);
+        convert_to(jsonb_build_array(TG_TABLE_SCHEMA, TG_TABLE_NAME, was, is_now)::text, 'UTF8'));
     RETURN NULL;
 END
 $tell$
 
 -- name: truncate_in_stream
 -- The table first, then which of its partitions it was.
-PERFORM pg_logical_emit_message(true, 'mover.truncate', (
+PERFORM pg_logical_emit_message(true, 'mover.truncate', convert_to((
     SELECT jsonb_build_array(n.nspname, c.relname) || CASE WHEN root <> TG_RELID
            THEN jsonb_build_array(TG_TABLE_SCHEMA, TG_TABLE_NAME) ELSE '[]' END
-      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = root)::text)
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = root)::text, 'UTF8'))
 
 -- name: owner_view
 -- The rows that one foreign key of an owned table refers to, and whether each is the tenant's. Depends on the
--- columns, not on their names: the functions that read it stay right when somebody renames one. Repeatable.
-CREATE OR REPLACE VIEW mover.{owner_view} AS SELECT {referenced}, {ours} AS ours FROM {table} AS o
+-- columns, not on their names: the functions that read it stay right when somebody renames one. Its name stands
+-- for all that it depends on, so one that is there is right, and need not be locked to be made anew.
+CREATE VIEW mover.{owner_view} AS SELECT {referenced}, {ours} AS ours FROM {table} AS o
+
+-- name: collations
+-- Of these columns, in their order. Reads only.
+SELECT n.nspname, c.collname
+  FROM unnest(%(names)s::name[]) WITH ORDINALITY AS r (name, place)
+  JOIN pg_attribute a ON a.attrelid = %(relation)s::oid AND a.attname = r.name
+  LEFT JOIN pg_collation c ON c.oid = a.attcollation
+  LEFT JOIN pg_namespace n ON n.oid = c.collnamespace
+ ORDER BY r.place
 
 -- name: owned_function
 -- Whether a row with these values is the tenant's: looked up in the rows that it refers to, as they are now.
 -- Nobody may be fooled about that until its transaction ends, and others should not be in each other's way
 -- for it. An owner is locked FOR KEY SHARE, as an insertion's foreign key does, so that it can neither go nor
 -- give its key to another; what changes whose it is waits for those locks (hand_over_function).
--- An owner that somebody else holds is not waited for: the row may become the tenant's, and is treated so
--- while writers may come to the fence; under a closed one it is waited for, and not asked about behind one
--- that the tenant has left. The same of a new row (`coming`) whose owner is still to be made.
--- A transaction that sees older rows could read an owner as it was: once any has come to the tenant, or where
--- it is older than the trigger that tells so, owners are locked FOR SHARE, which fails where one has changed
--- since. Asked in this order: an owner that comes afterwards waits for the first lock.
 -- plpgsql keeps the plans, which are most of the cost.
 -- A trigger's condition is evaluated with the rights of whoever writes, and defaults may leave out PUBLIC.
 CREATE OR REPLACE FUNCTION mover.{owned_function}({parameters}, coming boolean) RETURNS boolean
@@ -162,8 +200,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $owned$
 DECLARE
     is_ours boolean;
-    owners bigint;
-    state bigint;
+    has_changed boolean;
 BEGIN
     {ties}
     RETURN false;
@@ -172,26 +209,32 @@ $owned$;
 GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}, boolean) TO PUBLIC
 
 -- name: owned_by
--- One foreign key, in the function above.
+-- One foreign key, in the function above; locks the owner, FOR SHARE at most.
     SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen} FOR KEY SHARE SKIP LOCKED;
     IF is_ours THEN
         RETURN true;
     END IF;
-    SELECT last_value INTO owners FROM mover.{owners_sequence};
-    IF owners = 2 OR current_setting('transaction_isolation') <> 'read committed' AND NOT EXISTS (
-        SELECT FROM pg_trigger WHERE tgrelid = {owner_oid} AND tgname = {hand_over_name})
+    -- What was read may be older than the lock. Asked behind it: who changes whose the owner is tells so first,
+    -- and then waits for the lock.
+    SELECT o.last_value = 2 OR {is_owned} AND p.last_value = 2 INTO has_changed
+      FROM mover.{owners_sequence} o, mover.{parents_sequence} p;
+    IF current_setting('transaction_isolation') <> 'read committed' AND (has_changed OR NOT EXISTS (
+        SELECT FROM pg_trigger WHERE tgrelid = {owner_oid} AND tgname = {hand_over_name}))
     THEN
+        -- Fails where the owner has changed since the transaction's snapshot, which may be older than our triggers.
         SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen} FOR SHARE;
-    ELSIF is_ours IS NULL THEN
-        state := pg_sequence_last_value('mover.{state_sequence}');
-        IF state IN (1, 4) THEN
-            SELECT ours OR state = 1 INTO is_ours FROM mover.{owner_view} WHERE {chosen};
-        ELSE
-            SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen} FOR KEY SHARE;
-        END IF;
+    ELSIF has_changed AND is_ours IS NOT NULL THEN
+        SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen};
     END IF;
-    IF is_ours IS NULL AND coming AND {refers} THEN
-        is_ours := pg_sequence_last_value('mover.{state_sequence}') = 1;
+    IF is_ours IS NULL THEN
+        -- Somebody else holds the owner, or it is still to be made. That is not waited for: two who wait in
+        -- different orders would never end. It may become the tenant's before we end, and is treated so as long
+        -- as anybody follows his writes; the guard asks again behind the fence.
+        IF {is_followed} AND pg_sequence_last_value('mover.{state_sequence}') <> 4 THEN
+            is_ours := coming AND {refers} OR EXISTS (SELECT FROM mover.{owner_view} WHERE {chosen});
+        ELSE
+            SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen};
+        END IF;
     END IF;
     IF is_ours THEN
         RETURN true;
@@ -220,6 +263,9 @@ BEGIN
        AND (SELECT last_value FROM mover.{owners_sequence}) = 1
     THEN
         PERFORM setval('mover.{owners_sequence}', 2);
+    END IF;
+    IF {is_owned} AND (SELECT last_value FROM mover.{parents_sequence}) = 1 THEN
+        PERFORM setval('mover.{parents_sequence}', 2);
     END IF;
     PERFORM mover.{hold_function}(NEW);
     RETURN NULL;
@@ -252,13 +298,13 @@ DROP FUNCTION IF EXISTS {function}
 -- under our lock timeout. Repeatable; the caller asks the catalog first, so as not to take the lock.
 -- A partitioned table's row triggers stand on its partitions as well, those that come later included.
 CREATE OR REPLACE TRIGGER {insert_trigger} AFTER INSERT ON {table} FOR EACH ROW
-    WHEN ({inserted})
+    WHEN ({insert_condition})
     EXECUTE FUNCTION mover.{insert_function}();
 CREATE OR REPLACE TRIGGER {update_trigger} AFTER UPDATE ON {table} FOR EACH ROW
-    WHEN ({updated})
+    WHEN ({update_condition})
     EXECUTE FUNCTION mover.{update_function}();
 CREATE OR REPLACE TRIGGER {delete_trigger} AFTER DELETE ON {table} FOR EACH ROW
-    WHEN ({deleted})
+    WHEN ({delete_condition})
     EXECUTE FUNCTION mover.{delete_function}();
 CREATE OR REPLACE TRIGGER {truncate_trigger} AFTER TRUNCATE ON {table} FOR EACH STATEMENT
     EXECUTE FUNCTION mover.{truncate_function}();
@@ -370,11 +416,13 @@ DROP TRIGGER IF EXISTS {hand_over_trigger} ON {table};
 -- After the last trigger; repeatable.
 DROP FUNCTION IF EXISTS mover.{guard_function}();
 DROP FUNCTION IF EXISTS mover.{ask_function}();
+DROP FUNCTION IF EXISTS mover.{refuse_function}();
 DROP FUNCTION IF EXISTS mover.{truncate_function}();
 DROP FUNCTION IF EXISTS mover.{wait_function}();
 DROP SEQUENCE IF EXISTS mover.{state_sequence};
 DROP SEQUENCE IF EXISTS mover.{refused_sequence};
 DROP SEQUENCE IF EXISTS mover.{owners_sequence};
+DROP SEQUENCE IF EXISTS mover.{parents_sequence};
 
 -- name: record
 -- Under the owner's row. The place's row, in the state that this migration begins with; taken over from
