@@ -35,6 +35,7 @@ class ServerFacts:
     timeline: int | None  # None on a standby
     in_recovery: bool
     database: str
+    encoding: str
     wal_level: str
     role: str
     superuser: bool

@@ -302,6 +302,7 @@ CHECKS: tuple[Callable[[Facts, Classes], Iterator[Finding]], ...] = (
     _tenant_known,
     _class_findings,
     server_checks.source_server,
+    server_checks.encodings,
     server_checks.both_servers,
     _forced_row_security,
     _ownership,

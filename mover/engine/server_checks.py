@@ -56,6 +56,24 @@ def source_server(facts: Facts, _: Classes) -> Iterator[Finding]:
         )
 
 
+def encodings(facts: Facts, _: Classes) -> Iterator[Finding]:
+    """Values are compared by their bytes, and what triggers tell is read as UTF-8."""
+    source, target = facts.source.server.encoding, facts.target.server.encoding
+    if "SQL_ASCII" in (source, target):
+        yield Finding(
+            "encoding",
+            f"the encodings are {source} on the source and {target} on the target: with SQL_ASCII nobody"
+            " knows what bytes mean",
+            "Bring the rows into a database with ENCODING 'UTF8' first.",
+        )
+    elif source != target:
+        yield Finding(
+            "encoding",
+            f"the source's encoding is {source}, the target's {target}: the same text has other bytes there",
+            f"Create the target's database with TEMPLATE template0 ENCODING '{source}'.",
+        )
+
+
 def both_servers(facts: Facts, _: Classes) -> Iterator[Finding]:
     for side, server in (("source", facts.source.server), ("target", facts.target.server)):
         if server.in_recovery:

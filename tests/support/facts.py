@@ -24,6 +24,7 @@ SERVER = ServerFacts(
     timeline=1,
     in_recovery=False,
     database="core",
+    encoding="UTF8",
     wal_level="logical",
     role="mover",
     superuser=False,

@@ -93,6 +93,7 @@ def examples() -> Mapping[str, Facts]:
         "old_minor": facts(source=server(version_num=160008)),
         "slot_wal_keep": facts(source=server(slot_wal_keep_mb=512)),
         "standby": facts(source=server(in_recovery=True)),
+        "encoding": facts(source=server(encoding="LATIN1")),
         "pooler": facts(source=server(pooled=True)),
         "no_create": facts(source=server(may_create_schema=False)),
         "no_replica_role": facts(source=server(may_set_replica_role=False)),

@@ -49,6 +49,8 @@ def test_a_sound_migration_has_no_findings():
         ({"version_num": 150012}, "old_minor", False),
         ({"version_num": 170004}, "old_minor", False),
         ({"in_recovery": True}, "standby", False),
+        ({"encoding": "LATIN1"}, "encoding", False),
+        ({"encoding": "SQL_ASCII"}, "encoding", False),
         ({"pooled": True}, "pooler", False),
         ({"may_create_schema": False}, "no_create", False),
         ({"may_set_replica_role": False}, "no_replica_role", True),
