@@ -10,9 +10,9 @@
 -- Makes the guard functions; may be repeated. Locks nothing of the application's.
 CREATE SEQUENCE IF NOT EXISTS mover.{state_sequence} MINVALUE 1 MAXVALUE 4 NO CYCLE;
 CREATE SEQUENCE IF NOT EXISTS mover.{refused_sequence};
--- 1: no owner of rows has come from another tenant; 2: one has, or is about to.
+-- Set to 2 before an owner of rows comes from another tenant; NULL until then.
 CREATE SEQUENCE IF NOT EXISTS mover.{owners_sequence} MINVALUE 1 MAXVALUE 2 NO CYCLE;
--- 1: no owner that is owned itself has been given another one; 2: one has, or is about to.
+-- The same of an owner that is owned itself, and is given another one.
 CREATE SEQUENCE IF NOT EXISTS mover.{parents_sequence} MINVALUE 1 MAXVALUE 2 NO CYCLE;
 
 CREATE OR REPLACE FUNCTION mover.{wait_function}() RETURNS void
@@ -103,9 +103,12 @@ PERFORM mover.{refuse_function}()
 
 -- name: refuse_if_ours
 -- The same for a row of which it was in doubt whose it is: behind the fence the look-up tells. Locks owners as
--- it does.
+-- it does; but what is older than the pause may hide an owner.
 IF {ours} THEN
                 PERFORM mover.{refuse_function}();
+            ELSIF current_setting('transaction_isolation') <> 'read committed' THEN
+                RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'tenant {tenant} has moved',
+                    HINT = 'Retry the transaction.';
             END IF;
             RETURN NULL
 
@@ -216,8 +219,8 @@ GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}, boolean) TO PUBLI
     END IF;
     -- What was read may be older than the lock. Asked behind it: who changes whose the owner is tells so first,
     -- and then waits for the lock.
-    SELECT o.last_value = 2 OR {is_owned} AND p.last_value = 2 INTO has_changed
-      FROM mover.{owners_sequence} o, mover.{parents_sequence} p;
+    has_changed := coalesce(pg_sequence_last_value('mover.{owners_sequence}') = 2
+                            OR {is_owned} AND pg_sequence_last_value('mover.{parents_sequence}') = 2, false);
     IF current_setting('transaction_isolation') <> 'read committed' AND (has_changed OR NOT EXISTS (
         SELECT FROM pg_trigger WHERE tgrelid = {owner_oid} AND tgname = {hand_over_name}))
     THEN
@@ -260,11 +263,11 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $hand_over$
 BEGIN
     IF mover.{ours_function}(NEW) AND NOT mover.{ours_function}(OLD)
-       AND (SELECT last_value FROM mover.{owners_sequence}) = 1
+       AND pg_sequence_last_value('mover.{owners_sequence}') IS NULL
     THEN
         PERFORM setval('mover.{owners_sequence}', 2);
     END IF;
-    IF {is_owned} AND (SELECT last_value FROM mover.{parents_sequence}) = 1 THEN
+    IF {is_owned} AND pg_sequence_last_value('mover.{parents_sequence}') IS NULL THEN
         PERFORM setval('mover.{parents_sequence}', 2);
     END IF;
     PERFORM mover.{hold_function}(NEW);

@@ -155,6 +155,22 @@ async def test_who_turns_out_to_write_a_row_of_another_tenants_goes_on_when_the_
             other.commit()
 
 
+@pytest.mark.parametrize("level", LATER)
+async def test_an_owner_that_an_old_snapshot_does_not_show_is_not_taken_for_nobodys(pair, level, capture):
+    """Where foreign keys are off, nothing else would stop the row."""
+    async with made_rig(pair, ddl(), capture) as r:
+        execute(pair.source, ROWS)
+        with writer(pair.source, level) as late:
+            late.execute("set local session_replication_role = replica")
+            execute(pair.source, "insert into app.documents values (%s, 8, 't')", TENANT)
+            async with closed(r):
+                writing = asyncio.create_task(asyncio.to_thread(late.execute, CHILD_FIRST))
+                await is_waiting(pair.source)
+                await r.fence.move_away()
+            with pytest.raises(psycopg.errors.SerializationFailure):
+                await writing
+
+
 async def test_where_rows_are_loaded_nobody_waits_for_whoever_holds_an_owner(pair):
     """A target's fence is closed for hours, and two of other tenants' sessions would wait for each other."""
     async with made_rig(pair, ddl(DEFERRED), Capture.WAL) as r:
