@@ -5,11 +5,11 @@ The SQL and its reasons stand in `mover/sql/capture.sql`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import errors, sql
@@ -34,6 +34,7 @@ BATCH_ROWS, BATCH_BYTES = 5_000, 8 << 20
 FORGET_ROWS = 2_000  # at a time: some milliseconds, for which a cutover may have to wait
 VACUUM_ROWS = 20_000  # have been forgotten: some 3 MB
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
+Item = TypeVar("Item")
 
 
 class PgChangeLog:
@@ -199,21 +200,22 @@ class PgChangesSince:
     def tables(self) -> Collection[TableRef]:
         return {relation.table for relation in self.relations.values()}
 
-    async def rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[Seen]]:
-        batch: list[Seen] = []
-        size_bytes = 0
+    def rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[Seen]]:
+        return _batches(self._all_rows(copied))
+
+    async def _all_rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[tuple[Seen, int]]:
+        for relation, there in self._among(copied, {KEY}):
+            async for seen in self._rows_of(relation, there):
+                yield seen
+
+    def _among(
+        self, copied: Mapping[TableRef, CopiedRanges], parts: set[int]
+    ) -> Iterator[tuple[Relation, CopiedRanges]]:
+        """The tables of which such is written down and rows are copied."""
         for oid, relation in self.relations.items():
             there = copied.get(relation.table)
-            if KEY not in self.parts[oid] or there is None or there.nothing:
-                continue
-            async for seen, line_bytes in self._rows_of(relation, there):
-                batch.append(seen)
-                size_bytes += line_bytes
-                if len(batch) >= BATCH_ROWS or size_bytes >= BATCH_BYTES:
-                    yield batch
-                    batch, size_bytes = [], 0
-        if batch:
-            yield batch
+            if there is not None and not there.nothing and self.parts[oid] & parts:
+                yield relation, there
 
     async def _rows_of(self, relation: Relation, copied: CopiedRanges) -> AsyncIterator[tuple[Seen, int]]:
         table = self.point.log.tables[relation.table]
@@ -231,27 +233,17 @@ class PgChangesSince:
             except (errors.UndefinedColumn, errors.UndefinedTable) as error:
                 raise _outdated(relation.table) from error
 
-    async def whole_rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[RowChange]]:
+    def whole_rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[RowChange]]:
+        return _batches(self._all_net_changes(copied))
+
+    async def _all_net_changes(
+        self, copied: Mapping[TableRef, CopiedRanges]
+    ) -> AsyncIterator[tuple[RowChange, int]]:
         emptied = {truncated.table for truncated in self.truncated}  # what came before that counts no more
-        for oid, relation in self.relations.items():
-            there = copied.get(relation.table)
-            if (
-                there is None
-                or there.nothing
-                or relation.table in emptied
-                or not self.parts[oid] & {GONE, CAME}
-            ):
-                continue
-            batch: list[RowChange] = []
-            size_bytes = 0
-            async for change, row_bytes in self._net_changes(relation):
-                batch.append(change)
-                size_bytes += row_bytes
-                if len(batch) >= BATCH_ROWS or size_bytes >= BATCH_BYTES:
-                    yield batch
-                    batch, size_bytes = [], 0
-            if batch:
-                yield batch
+        for relation, _ in self._among(copied, {GONE, CAME}):
+            if relation.table not in emptied:
+                async for change in self._net_changes(relation):
+                    yield change
 
     async def _net_changes(self, relation: Relation) -> AsyncIterator[tuple[RowChange, int]]:
         table = self.point.log.tables[relation.table]
@@ -304,6 +296,20 @@ class PgChangesSince:
     def _query(self, name: str, **parts: sql.Composable) -> sql.Composed:
         log = log_of(self.point.log.migration)
         return sql.SQL(load("capture")[name]).format(log=log, is_new=self.is_new, **parts)
+
+
+async def _batches(found: AsyncIterator[tuple[Item, int]]) -> AsyncIterator[list[Item]]:
+    """What was found, each with its bytes, in pieces that memory holds."""
+    batch: list[Item] = []
+    size_bytes = 0
+    async for item, item_bytes in found:
+        batch.append(item)
+        size_bytes += item_bytes
+        if len(batch) >= BATCH_ROWS or size_bytes >= BATCH_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
 
 
 def _seen(relation: Relation, values: Row, keys: int, key_at: Sequence[int]) -> Seen:

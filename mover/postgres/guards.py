@@ -69,7 +69,8 @@ class Guards:
 
     async def make_functions(self, conn: Connection, tables: Iterable[Holding]) -> None:
         """In the caller's transaction."""
-        await conn.execute(self._sql("install", let_pass=self._let_pass()))
+        await conn.execute(self._sql("install"))
+        await self._make_guard_function(conn, self._names["guard_function"], self._let_pass())
         if self._captures:
             await self._capture.make_log(conn)
         elif any(map(self._telling, tables)):
@@ -90,8 +91,12 @@ class Guards:
             await self._capture.make_functions(conn, holding, self._names, let_pass)
         elif is_owned:
             for kind in ours:
-                function = self._called(holding, kind)
-                await conn.execute(self._sql("guard_owned", function=function, let_pass=let_pass[kind]))
+                await self._make_guard_function(conn, self._called(holding, kind), let_pass[kind])
+
+    async def _make_guard_function(
+        self, conn: Connection, function: sql.Composable, let_pass: sql.Composable
+    ) -> None:
+        await conn.execute(self._sql("guard_function", function=function, let_pass=let_pass))
 
     def _let_pass(self, ours: sql.Composable | None = None) -> sql.Composed:
         """`ours`: what tells whether the row is the tenant's, where that is not certain."""

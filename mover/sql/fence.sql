@@ -62,17 +62,9 @@ BEGIN
 END
 $refuse$;
 
-CREATE OR REPLACE FUNCTION mover.{guard_function}() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-AS $guard$
-BEGIN
-    {let_pass}
-    RETURN NULL;
-END
-$guard$;
-
--- name: guard_owned
--- The same for an owned table, whose rows it looks at again. Repeatable; locks nothing of the application's.
+-- name: guard_function
+-- One for all tables with a tenant column; owned tables have their own, which look at their rows again.
+-- Repeatable; locks nothing of the application's.
 CREATE OR REPLACE FUNCTION mover.{function}() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $guard$
