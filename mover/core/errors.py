@@ -180,3 +180,8 @@ def first_error() -> Iterator[None]:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         raise error from group
+
+
+def broken_off(error: BaseException) -> Exception:
+    """What ended the following of a source, for those who come later: nobody has cancelled them."""
+    return error if isinstance(error, Exception) else Unreachable("following the source was broken off")

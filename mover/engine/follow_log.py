@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 from mover.core.crash import reach
+from mover.core.errors import broken_off
 from mover.core.ids import Lsn
 from mover.core.migration import Progress
 from mover.core.snapshot import Snapshot
@@ -37,7 +38,7 @@ class LogFollower:
     _reached: Lsn = field(default=Lsn(0))
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _in_doubt: bool = False  # whether the target has committed the last step, nobody has told
-    _ended: BaseException | None = None
+    _ended: Exception | None = None
     _forgotten: Snapshot | None = None
     _next_at: float = 0.0  # on the event loop's clock, if nobody asks before
     _forget_at: float = 0.0
@@ -84,7 +85,7 @@ class LogFollower:
                 yield point
             except BaseException as error:
                 # What the holder has put on the target is not known here: apply nothing any more.
-                self._ended = error
+                self._ended = broken_off(error)
                 raise
 
     @asynccontextmanager

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from mover.core.changes import Change, Piece, kinds
 from mover.core.crash import reach
+from mover.core.errors import broken_off
 from mover.core.ids import Lsn
 from mover.core.migration import Progress
 from mover.core.snapshot import Snapshot
@@ -32,6 +33,7 @@ IDLE_CONFIRM_BYTES = 1 << 20
 VISIBLE_INTERVAL_S = 0.01
 LOOK_INTERVAL_S = 1.0
 APPLIED_XIDS = 10_000  # are remembered at most
+SEEN_MARKS = 10_000  # of every migration in the database
 
 _START = Lsn(0)
 
@@ -50,8 +52,8 @@ class StreamFollower:
     _snapshot_until: Lsn | None = None  # all that the snapshot sees stands before this
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _awaited: dict[str, asyncio.Future[None]] = field(default_factory=dict)
-    _seen: deque[str] = field(default_factory=lambda: deque(maxlen=10_000))
-    _ended: BaseException | None = None
+    _seen: deque[str] = field(default_factory=lambda: deque(maxlen=SEEN_MARKS))
+    _ended: Exception | None = None
     _idle_confirmed_at: float = 0.0
     # Applied, and no snapshot is known to see them: xids, and where their commits stand.
     _unseen: dict[int, Lsn] = field(default_factory=dict)
@@ -74,13 +76,12 @@ class StreamFollower:
                         await self.stream.wait()
                 except TimeoutError:
                     async with self._turn:
-                        if self._ended is None:
-                            await self._look_at_times()
-                            await self._confirm_idle()
+                        self._must_go_on()
+                        await self._look_at_times()
+                        await self._confirm_idle()
                     continue
                 async with self._turn:
-                    if self._ended is not None:
-                        return
+                    self._must_go_on()
                     await self._apply_batch()
         except BaseException as error:
             self._end(error)
@@ -91,8 +92,7 @@ class StreamFollower:
         """Until everything before `mark` is applied and durable; needs `run`."""
         if mark in self._seen:
             return
-        if self._ended is not None:
-            raise self._ended
+        self._must_go_on()
         await self._awaited.setdefault(mark, asyncio.get_running_loop().create_future())
 
     async def catch_up_once(self) -> None:
@@ -114,8 +114,7 @@ class StreamFollower:
 
         The snapshot itself lives as long as `lifetime`."""
         async with self._turn:
-            if self._ended is not None:
-                raise self._ended  # what the stream had sent may be lost to us
+            self._must_go_on()
             await self._drain_backlog()
             async with self._at_point(lifetime) as point:
                 with self._or_end():  # what the holder has put on the target is not known here
@@ -161,7 +160,8 @@ class StreamFollower:
                 self._unseen[piece.xid] = piece.final_lsn
                 if not self._is_applied(piece):
                     changes += piece.changes
-                    ends.append(len(changes))
+                    if piece.end_lsn is not None:
+                        ends.append(len(changes))
         await self._apply_changes(transaction, changes, ends)
         if transaction.is_missing_rows:
             raise _RowsMissing
@@ -176,7 +176,10 @@ class StreamFollower:
     async def _drain_backlog(self) -> None:
         """In ordinary batches first, so that little is left for the transaction that makes the point."""
         mark = await self.source.mark()
-        while mark not in self._seen:
+        # Not by `_seen`: in a busy database so many others may stand behind ours that it is forgotten again.
+        passed = self._awaited.setdefault(mark, asyncio.get_running_loop().create_future())
+        passed.add_done_callback(_is_known)
+        while not passed.done():
             await self.stream.wait()
             await self._apply_batch()
 
@@ -237,7 +240,8 @@ class StreamFollower:
                 if piece.changes and not self._is_applied(piece):
                     if point.snapshot.sees(piece.xid):
                         visible += piece.changes
-                        ends.append(len(visible))
+                        if piece.end_lsn is not None:
+                            ends.append(len(visible))
                         size_bytes += piece.size_bytes
                         if size_bytes >= BATCH_BYTES:
                             await self._apply_changes(transaction, visible, ends)
@@ -261,6 +265,8 @@ class StreamFollower:
         self, transaction: ApplyTransaction, changes: list[Change], ends: list[int]
     ) -> None:
         if changes:
+            if ends[-1:] != [len(changes)]:
+                ends.append(len(changes))  # of a transaction so large that it flows through in pieces
             await transaction.apply(changes, ends)
             self.progress.changes_applied += len(changes)
             self.on_applied(kinds(changes))
@@ -308,9 +314,14 @@ class StreamFollower:
             self._end(error)
             raise
 
+    def _must_go_on(self) -> None:
+        """Raises what ended the following: what the stream had sent may be lost to us."""
+        if self._ended is not None:
+            raise self._ended
+
     def _end(self, error: BaseException) -> None:
         """Whoever waits for a mark learns that it will not come."""
-        self._ended = error
+        self._ended = broken_off(error)
         for awaited in self._awaited.values():
             if isinstance(error, Exception) and not awaited.done():
                 awaited.set_exception(error)
@@ -320,6 +331,12 @@ class StreamFollower:
 
 
 _UNSEEN = "transactions that have committed to show: {}; a synchronous standby has not confirmed them"
+
+
+def _is_known(passed: asyncio.Future[None]) -> None:
+    """Whoever drains hears of the error by the call that failed."""
+    if not passed.cancelled():
+        passed.exception()
 
 
 class _RowsMissing(Exception):

@@ -146,6 +146,8 @@ async def _slot_lsn(conn: psycopg.AsyncConnection[tuple[object, ...]], name: str
 
 
 async def _outlive_writers(conn: psycopg.AsyncConnection[tuple[object, ...]], say: Say) -> None:
+    # A snapshot lists those who run only up to the last that has ended: now one has that is younger than all.
+    await conn.execute("SELECT pg_current_xact_id()")
     row = await (await conn.execute("SELECT pg_current_snapshot()::text")).fetchone()
     assert row is not None
     running = Snapshot.parse(str(row[0])).in_progress

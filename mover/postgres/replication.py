@@ -36,6 +36,7 @@ QUEUE_LIMIT_BYTES = 32 << 20
 PIECE_BYTES = 4 << 20
 # What Python adds to the bytes of a message: measured, so that the limits above are of memory.
 CHANGE_BYTES, VALUE_BYTES = 180, 38
+MESSAGE_BYTES = 1000
 MESSAGES_PER_TURN = 500  # then the event loop gets its turn; about 5 ms of decoding
 STATUS_INTERVAL_S = 5.0
 WAL_SENDER_TIMEOUT = "60s"  # the server ends a connection that was silent for so long
@@ -289,13 +290,14 @@ class WalStream:
                 self._close_piece(end_lsn)
                 self._begin = None
             case Message():
-                self._message(change)
+                self._message(change, len(frame))
             case Relation() | None:
                 pass
 
-    def _message(self, message: Message) -> None:
+    def _message(self, message: Message, size_bytes: int) -> None:
         if not message.transactional:  # ours all are; it stands outside any transaction
             return
+        known = len(self._changes)
         if message.prefix == MARK_PREFIX:
             self._marks.append(message.content.decode(errors="replace"))
         elif message.prefix == TRUNCATE_PREFIX and (truncated := parse_truncated(message.content)):
@@ -304,6 +306,10 @@ class WalStream:
             owner_change := parse_owner_change(message.prefix, message.content)
         ):
             self._changes.append(owner_change)
+        if len(self._changes) > known:
+            self._open_bytes += size_bytes + MESSAGE_BYTES
+            if self._open_bytes >= PIECE_BYTES:
+                self._close_piece(None)
 
     def _close_piece(self, end_lsn: Lsn | None) -> None:
         if self._begin is None:

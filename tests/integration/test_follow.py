@@ -374,6 +374,46 @@ async def test_what_is_applied_is_not_remembered_for_ever(pair, monkeypatch):
         await expect_equal(r)
 
 
+async def test_a_point_is_found_behind_any_number_of_other_migrations_marks(pair, monkeypatch):
+    monkeypatch.setattr(follow_stream, "SEEN_MARKS", 3)
+    async with rig(pair.source, pair.target) as r, r.following():
+        await r.copy().run()
+        others = (
+            "SELECT count(pg_logical_emit_message(true, 'mover.mark', g::text)) FROM generate_series(1, 10) g"
+        )
+
+        class Outnumbered(Wrapped):
+            async def mark(self) -> str:
+                token = await self._source.mark()
+                await asyncio.to_thread(execute, pair.source, others)
+                await until(lambda: sum(len(p.marks) for p in r.stream._queue) > 10)
+                return token
+
+        r.follower.source = Outnumbered(r.follower.source)
+        async with asyncio.timeout(20):
+            assert await differences_at_a_point(r) == []
+
+
+async def test_who_comes_after_a_cancelled_hold_is_not_cancelled(pair, capture):
+    async with rig(pair.source, pair.target, capture=capture) as r, r.following() as following:
+        await r.copy().run()
+        inside = asyncio.Event()
+
+        async def hold() -> None:
+            async with AsyncExitStack() as lifetime, r.follower.hold(lifetime):
+                inside.set()
+                await asyncio.get_running_loop().create_future()
+
+        holding = asyncio.create_task(hold())
+        await inside.wait()
+        holding.cancel()
+        await asyncio.wait([holding])
+        with pytest.raises(Unreachable):
+            await differences_at_a_point(r)
+        with pytest.raises(Unreachable):
+            await following
+
+
 class Markless(Wrapped):
     """A source that breaks between a point's snapshot and its mark."""
 

@@ -16,6 +16,7 @@ from mover.postgres import publication
 from mover.postgres.connect import Database, Identity
 from mover.postgres.publication import name_of
 from mover.postgres.writer import Writer
+from tests.integration.test_follow import a_commit_that_no_snapshot_sees_yet
 from tests.support.rig import ITEMS, TENANT, execute, rig
 from tests.support.waiting import until
 
@@ -41,6 +42,38 @@ async def test_a_slot_waits_for_open_writers_and_says_for_whom(pair, monkeypatch
     start = await creating
     assert await publication.create_slot(source, migration, say) == start  # found, not made anew
     await publication.drop_slot(source, migration)
+
+
+WAITS_FOR_A_WRITER = """
+SELECT count(*) FROM pg_stat_activity
+ WHERE datname = current_database() AND query LIKE '%%create_logical%%' AND wait_event = 'transactionid'
+"""
+
+
+async def test_a_slot_waits_for_the_youngest_commit_that_no_snapshot_lists(pair):
+    """It hangs for a standby beside the slot's birth: no slot sends it, and the copy would not see it."""
+    async with rig(pair.source, pair.target) as r:
+        await publication.drop_slot(r.source, r.migration)
+        said: list[str] = []
+
+        async def say(text: str) -> None:
+            said.append(text)
+
+        async def is_held_up() -> None:
+            await until(lambda: execute(pair.source, WAITS_FOR_A_WRITER) == [(1,)])
+
+        with psycopg.connect(pair.source) as first, psycopg.connect(pair.source) as second:
+            first.execute("SELECT pg_current_xact_id()")
+            creating = asyncio.create_task(publication.create_slot(r.source, r.migration, say))
+            await is_held_up()
+            second.execute("SELECT pg_current_xact_id()")
+            first.rollback()
+            await is_held_up()
+            async with a_commit_that_no_snapshot_sees_yet(pair.source):
+                second.rollback()
+                await until(lambda: creating.done() or any("beside its birth" in text for text in said))
+                assert not creating.done()
+        await creating
 
 
 async def test_a_slot_that_was_made_anew_is_never_taken_for_the_old_one(pair):

@@ -166,6 +166,20 @@ async def test_a_restart_of_the_source_is_a_break_like_any_other(end, make_datab
                     assert r.target_rows() == r.source_rows()
 
 
+async def test_what_is_told_counts_as_much_as_rows(pair):
+    """Other tenants' owners may go by the million in one transaction."""
+    tell = """SELECT count(pg_logical_emit_message(true, 'mover.vacate', json_build_array(
+        'app', 'item', json_build_object('id', g::text, 'x', repeat('y', 1000)), json_build_object())::text))
+        FROM generate_series(1, 20000) g"""
+    async with rig(pair.source, pair.target) as r:
+        await r.follower.start()
+        execute(pair.source, tell)
+        await r.stream.wait()
+        (piece,) = r.stream.take(0)
+        assert 0 < len(piece.changes) * 1000 < replication.PIECE_BYTES
+        assert piece.end_lsn is None
+
+
 async def test_a_slot_ahead_of_the_progress_is_lost(pair):
     async with rig(pair.source, pair.target) as r:
         execute(pair.source, "UPDATE app.item SET amount = 0")
