@@ -15,7 +15,7 @@ SCENARIOS = {"capture": capture.run}
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("scenario", choices=sorted(SCENARIOS))
-    parser.add_argument("--quick", action="store_true", help="once instead of three times, and shorter")
+    parser.add_argument("--quick", action="store_true", help="one round instead of five, and shorter")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the figures go")
     options = parser.parse_args()
     report = asyncio.run(SCENARIOS[options.scenario](quick=options.quick))

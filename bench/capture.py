@@ -23,6 +23,8 @@ import psycopg
 from bench.report import Figures, Report
 from mover.core.ids import Capture, Side
 from mover.demo.servers import PostgresServer
+from mover.postgres.capture import log_bytes
+from tests.support.fencing import quiet
 from tests.support.rig import OTHER, TENANT, Rig, execute, rig
 
 SOURCE, TARGET = 16, 18
@@ -60,7 +62,6 @@ END $$
 """
 BULK = "UPDATE app.item SET amount = coalesce(amount, 0) + 1 WHERE tenant_id = %s"
 HOUR = 200 * 3600  # transactions
-LOG = "SELECT relname FROM pg_class WHERE relname LIKE 'change\\_log\\_%' AND relkind = 'r'"
 
 
 async def run(*, quick: bool) -> Report:
@@ -114,7 +115,7 @@ async def guarded(source: PostgresServer, target: PostgresServer, capture: Captu
         async with rig(*urls, rows=ROWS, capture=capture) as r:
             if capture is Capture.WAL:
                 holdings = [table.holding(Side.SOURCE) for table in r.subject.shape.tables]
-                await r.fence.install(holdings, "open", _quiet)
+                await r.fence.install(holdings, "open", quiet)
             execute(urls[0], WRITE)
             yield r
     finally:
@@ -190,7 +191,8 @@ async def log_of_an_hour(
             writing = asyncio.create_task(asyncio.to_thread(write, r.source_url, transactions))
             sizes = []
             while not writing.done():
-                sizes.append(await asyncio.to_thread(log_bytes, r.source_url))
+                async with r.source.borrow("bench") as conn:
+                    sizes.append(await log_bytes(conn, r.migration))
                 await asyncio.sleep(0.25)
             await writing
             await r.follower.catch_up_once()
@@ -201,12 +203,3 @@ def write(url: str, transactions: int) -> None:
     with psycopg.connect(url, autocommit=True) as conn:
         conn.execute("SET synchronous_commit = off")
         conn.execute("CALL app.write(%s)", (transactions,))
-
-
-def log_bytes(url: str) -> int:
-    ((name,),) = execute(url, LOG)
-    return int(execute(url, f"SELECT pg_total_relation_size('mover.{name}')")[0][0])
-
-
-async def _quiet(text: str) -> None:
-    pass
