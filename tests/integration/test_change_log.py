@@ -89,15 +89,23 @@ async def test_the_log_takes_no_more_room_however_long_it_is_written(pair, monke
     monkeypatch.setattr(follow_log, "FORGET_INTERVAL_S", 0.0)
     monkeypatch.setattr(change_log, "VACUUM_ROWS", 1000)
     sizes = []
-    async with rig(pair.source, pair.target, capture=TRIGGER) as r, r.following():
-        await r.copy().run()
-        async with r.source.borrow("test") as conn:
+
+    def write_a_round() -> None:
+        for _ in range(2):
+            execute(pair.source, "UPDATE app.item SET amount = amount + 1 WHERE tenant_id = %s", TENANT)
+
+    async with rig(pair.source, pair.target, capture=TRIGGER) as r, r.source.borrow("test") as conn:
+        write_a_round()
+        one_round = await log_bytes(conn, r.migration)
+        async with r.following():
+            await r.copy().run()
             for _ in range(12):
-                execute(pair.source, "UPDATE app.item SET amount = amount + 1 WHERE tenant_id = %s", TENANT)
-                execute(pair.source, "UPDATE app.item SET amount = amount + 1 WHERE tenant_id = %s", TENANT)
+                write_a_round()
                 await until(lambda: entries(r) == 0)
                 sizes.append(await log_bytes(conn, r.migration))
-    assert max(sizes[6:]) <= max(sizes[:6]), sizes
+    # One that is written, one that is forgotten and not vacuumed yet, and one of odds and ends: which of the
+    # two comes first makes a page more or less.
+    assert max(sizes) <= 3 * one_round, (one_round, sizes)
 
 
 async def test_a_follower_goes_on_from_what_the_target_has_stored(pair):
