@@ -50,6 +50,10 @@ class TargetFence(Fence, Protocol):
         """closed -> aborted: nobody can open it any more. False when it is open already."""
         ...
 
+    async def expect_return(self) -> None:
+        """moved -> closed: the tenant, who had left this place, may come back."""
+        ...
+
     async def close_again(self) -> None:
         """aborted -> closed: ready for another attempt."""
         ...
@@ -87,6 +91,15 @@ class Sequences(Protocol):
 
     async def carry_over(self) -> None:
         """Set the target's sequences beyond every value that the source has given out."""
+        ...
+
+
+class Gate(Protocol):
+    """Where the way back begins."""
+
+    async def set(self) -> None:
+        """What has been written to the target so far does not flow back; whatever the tenant writes there
+        later does. Durable when it returns; a later attempt sets it anew."""
         ...
 
 

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from cutover.ports import Cache, Decision, Drain, Fence, Proof, Sequences, TargetFence
+from cutover.ports import Cache, Decision, Drain, Fence, Gate, Proof, Sequences, TargetFence
 from mover.core.crash import reach
 from mover.core.errors import (
     CutoverAborted,
@@ -64,11 +64,12 @@ class Ends:
 
 @dataclass(frozen=True, slots=True)
 class World(Ends):
-    """What a cutover touches."""
+    """What a cutover touches. The gate is None where nothing is to flow back."""
 
     drain: Drain
     proof: Proof
     sequences: Sequences
+    gate: Gate | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,8 @@ async def _undo(world: World) -> None:
 
 
 async def _prove(world: World, mark: str, watch: Stopwatch) -> Mapping[str, object]:
-    """Under the fence: everything is on the target, equal, and its sequences are ahead."""
+    """Under the fence: everything is on the target, equal, its sequences are ahead, and the way back begins
+    behind it."""
     async with watch.step("drain"):
         await world.drain.reached(mark)
     async with watch.step("verify"):
@@ -155,6 +157,8 @@ async def _prove(world: World, mark: str, watch: Stopwatch) -> Mapping[str, obje
             async with asyncio.TaskGroup() as tasks:
                 equal = tasks.create_task(world.proof.changed_rows_equal(), name="changed rows")
                 tasks.create_task(world.sequences.carry_over(), name="sequences")
+                if world.gate is not None:
+                    tasks.create_task(world.gate.set(), name="gate")
     return equal.result()
 
 

@@ -119,6 +119,7 @@ class Workshop:
                 wave_seconds=engine.wave_seconds,
                 pause_budget_s=engine.pause_budget_ms / 1000,
                 tombstone_s=engine.tombstone_days * 86_400,
+                abandoned_s=engine.abandoned_hours * 3_600,
                 monitoring_s=self.config.monitoring_seconds(m.source_tier, m.target_tier),
             ),
             clock=SystemClock(),

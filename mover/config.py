@@ -225,6 +225,7 @@ class Engine(_Section):
     wave_seconds: float = Field(default=600, gt=0)
     monitoring_hours: MonitoringHours = MonitoringHours()
     tombstone_days: float = Field(default=7, ge=0)
+    abandoned_hours: float = Field(default=24, ge=0)  # what a rollback leaves on the target, to be looked at
     max_active_migrations: int = Field(default=5, ge=1)  # of one daemon; each holds snapshots and connections
     lease_seconds: float = Field(default=10, ge=1)  # a dead daemon's migrations are taken over after so long
 

@@ -115,7 +115,7 @@ class Metrics:
 
 
 class MetricsObserver:
-    """Implements engine.move.Observer and engine.daemon.DaemonObserver."""
+    """Implements engine.observer.Observer and engine.daemon.DaemonMetrics."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -158,6 +158,9 @@ class MetricsObserver:
         self._metrics.cutover_attempts_total.labels(outcome).inc()
         if pause_ms is not None:
             self._metrics.cutover_pause_seconds.observe(pause_ms / 1000)
+
+    def rolled_back(self, trigger: str) -> None:
+        self._metrics.rollbacks_total.labels(trigger).inc()
 
     def writes_refused(self, count: int) -> None:
         self._metrics.refused_writes_total.inc(count)

@@ -43,13 +43,16 @@ class MoveStore(Protocol):
     All methods raise Unreachable when the platform database does not answer.
     """
 
-    async def claim(self, owner: str, lease_seconds: float, *, settling_only: bool = False) -> Claim | None:
+    async def claim(
+        self, owner: str, lease_seconds: float, *, moves: bool = True, watches: bool = True
+    ) -> Claim | None:
         """Lease the most urgent migration that is due and free, raising its epoch, or None.
 
-        Due: `queued` with scheduled_at reached (it becomes `in_progress`), or `in_progress`,
-        `monitoring`, `rolling_back` whose lease ended, or `completed` with a tombstone to be looked
-        at. One that was left in its cutover comes first, since writers may be waiting for it, and with
-        `settling_only` nothing else; then by priority and age. SKIP LOCKED."""
+        Due: `queued` with scheduled_at reached (it becomes `in_progress`), or `in_progress`, `monitoring`,
+        `rolling_back` whose lease ended, or one that is over, with a tombstone to be looked at or an
+        abandoned target to be cleared. One that was left in its cutover comes first, since writers may be
+        waiting for it; then by priority and age. SKIP LOCKED. Without `watches` none that is `monitoring`;
+        without `moves` no other, but for cutovers that were left."""
         ...
 
     async def heartbeat(self, claim: Claim, lease_seconds: float) -> Wish | None:
@@ -92,7 +95,8 @@ class MoveStore(Protocol):
         ...
 
     async def tombstone(self, claim: Claim, refused: int, check_again_seconds: float) -> float:
-        """Note how many writes the left place has refused so far, and when to look again.
+        """Note how many writes the left place has refused so far, and when to look again; of a migration that
+        is over.
 
         Returns the seconds since that number last changed."""
         ...
@@ -127,6 +131,17 @@ class MoveStore(Protocol):
         Raises LeaseLost or Conflict when it certainly did not commit, OutcomeUnknown when the answer
         was lost after the COMMIT had been sent. Bounded in time by itself: a caller's own timeout would
         not know which of the two it cut off. Taken already, it returns."""
+        ...
+
+    async def decide_return(
+        self, claim: Claim, source: Place, target: Place, evidence: Mapping[str, object]
+    ) -> None:
+        """The same for the way back of a migration that is `rolling_back`: the route changes from `target` to
+        `source`, `rolled_back_at` is set, `evidence` is added. Raises as `decide`."""
+        ...
+
+    async def is_returned(self, claim: Claim) -> bool:
+        """Whether that was decided, read as `is_switched`."""
         ...
 
     async def is_switched(self, claim: Claim) -> bool:

@@ -97,6 +97,18 @@ def judge_differences(
     return Verdict(tuple(sorted(follow, key=lambda d: d.kind != "column")), ())
 
 
+def check_return(found: Collection[Difference], tenant: TenantId) -> None:
+    """Raises SchemaChanged where rows could not flow back as things are. Plain indexes do not matter then."""
+    matter = [difference.key for difference in _summary(found) if not _is_plain_index(difference)]
+    if matter:
+        more = f", and {len(matter) - _SHOWN} more" if len(matter) > _SHOWN else ""
+        raise SchemaChanged(
+            f"the two sides' schemas differ: {', '.join(matter[:_SHOWN])}{more}",
+            where=Where(tenant),
+            hint="Make the same change on the other side, then resume: nothing can flow back until then.",
+        )
+
+
 def _summary(found: Collection[Difference]) -> list[Difference]:
     """Tables that only one side has, without what belongs to them, then the rest."""
     tables = [d for d in found if d.kind == "relation" and None in (d.source, d.target)]

@@ -125,6 +125,12 @@ class DamageAfterSwitch(MoverError):
     code, remedy = "damage_after_switch", Remedy.HALT
 
 
+class NoWayBack(MoverError):
+    """The tenant cannot be brought back as things are; he is served by the target."""
+
+    code, remedy = "no_way_back", Remedy.PAUSE
+
+
 class CutoverAborted(MoverError):
     """The fence gave up within its budget and writers went on at the source; tried again later."""
 

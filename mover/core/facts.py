@@ -292,6 +292,7 @@ class Facts:
     target: SideFacts
     connections_wanted: int
     capture: Capture | None = None  # None: as the servers allow
+    is_back: bool = False  # the roles are swapped: `source` is what the migration calls its target
     rows: Mapping[TableRef, Rows] = field(default_factory=dict)  # by the source's name
     target_tenant_tables: tuple[TableRef, ...] = ()  # that hold rows of this tenant already
     # Referenced, not moved, there on the target; with what our role may do: SELECT, REFERENCES.

@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
-from uuid import UUID
+from uuid import UUID, uuid5
 
 TenantId = NewType("TenantId", UUID)
 MigrationId = NewType("MigrationId", UUID)
 # Rises at every claim of a migration; a transaction that carries an older one must not commit.
 Epoch = NewType("Epoch", int)
+
+
+def back_of(migration: MigrationId) -> MigrationId:
+    """By which a migration's way back, from target to source, is told from its way there: both may pass
+    through one database."""
+    return MigrationId(uuid5(migration, "back"))
 
 
 class Lsn(int):

@@ -43,6 +43,7 @@ class Wish(StrEnum):
 
     PAUSE = "pause"
     CANCEL = "cancel"
+    ROLLBACK = "rollback"  # as cancel; once the tenant has been switched, bring him back
 
 
 @dataclass(frozen=True, slots=True)

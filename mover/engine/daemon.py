@@ -16,7 +16,7 @@ from typing import Protocol
 
 import structlog
 
-from mover.core.errors import LeaseLost, MoverError, Remedy, VerificationFailed
+from mover.core.errors import Conflict, LeaseLost, MoverError, Remedy, VerificationFailed
 from mover.core.migration import Claim, Migration, Progress, Wish
 from mover.core.states import Status
 from mover.engine.move import WISH_S, Move
@@ -27,6 +27,8 @@ log = structlog.get_logger()
 
 POLL_S = 0.5
 PROGRESS_S = 1.0
+# Migrations whose source follows their target, beside those that are being moved.
+MAX_WATCHED = 50
 # Heartbeats per lease: two may be lost before another daemon takes over.
 HEARTBEATS_PER_LEASE = 4
 BACKOFF_S = (1.0, 60.0)
@@ -58,6 +60,7 @@ class Daemon:
     max_active: int
     metrics: DaemonMetrics
     _active: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _watched: set[str] = field(default_factory=set)  # those of them whose source follows their target
     _failures: dict[str, int] = field(default_factory=dict)
 
     async def run(self) -> None:
@@ -74,9 +77,10 @@ class Daemon:
     async def _claim_what_is_due(self) -> None:
         """As many as there is room for; a cutover that was left half-way never waits for room."""
         while True:
-            full = len(self._active) >= self.max_active
+            watched = len(self._watched)
+            moves, watches = len(self._active) - watched < self.max_active, watched < MAX_WATCHED
             try:
-                claim = await self.store.claim(self.name, self.lease_s, settling_only=full)
+                claim = await self.store.claim(self.name, self.lease_s, moves=moves, watches=watches)
             except MoverError as error:
                 log.warning("the queue does not answer", action="claim", error=str(error))
                 return
@@ -85,12 +89,15 @@ class Daemon:
             key = str(claim.migration.id)
             task = asyncio.create_task(self._work(claim), name=f"migration {key}")
             self._active[key] = task
+            if claim.migration.status is Status.MONITORING:
+                self._watched.add(key)
             self.metrics.active(len(self._active))
             task.add_done_callback(functools.partial(self._done, key))
 
     def _done(self, key: str, task: asyncio.Task[None]) -> None:
         if self._active.get(key) is task:  # it may have been claimed again after its lease ran out
             del self._active[key]
+            self._watched.discard(key)
         self.metrics.active(len(self._active))
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a migration's task failed", action="failed", exc_info=error, migration=key)
@@ -156,6 +163,8 @@ class Work:
                         self.ended = await move.undo()
                     case Status.COMPLETED:
                         await move.watch_tombstone()
+                    case Status.ROLLED_BACK:
+                        await move.clear_abandoned()
                     case _:
                         self.ended = await move.run()
             finally:
@@ -214,7 +223,9 @@ class Work:
         """What failed may fail again and again before a wish is heard: it is asked for here, too."""
         self._wish = await self.store.heartbeat(self.claim, self.lease_s)
         rests = self._move is None or self._move.may_rest
-        return self._wish is not None and rests and not await self.store.is_switched(self.claim)
+        if self._wish is None or not rests:
+            return False
+        return self._wish is Wish.ROLLBACK or not await self.store.is_switched(self.claim)
 
     async def _try_later(self, error: MoverError) -> None:
         key = str(self.claim.migration.id)
@@ -235,6 +246,8 @@ class Work:
             await self.store.event(
                 self.claim, f"{self._wish} waits: the outcome of the cutover comes first", "warning"
             )
+        elif self._wish is Wish.ROLLBACK:
+            await self._roll_back()
         elif switched:
             await self.store.event(
                 self.claim, f"{self._wish} came after the switch and is ignored", "warning"
@@ -245,6 +258,12 @@ class Work:
             await self.store.set_status(self.claim, Status.ROLLING_BACK, outcome=Status.CANCELLED)
         await self.store.release(self.claim)
         log.info("released", action="release", wish=self._wish and self._wish.value)
+
+    async def _roll_back(self) -> None:
+        try:
+            await self.store.set_status(self.claim, Status.ROLLING_BACK, outcome=Status.ROLLED_BACK)
+        except Conflict as error:
+            await self.store.event(self.claim, f"rollback came too late: {error}", "warning")
 
     async def _beat(self, task: asyncio.Task[None]) -> None:
         """Renew the lease, show progress, hear wishes. Losing the lease ends the work at once."""

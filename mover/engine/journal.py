@@ -75,6 +75,10 @@ class Journal:
         """Whether it has the step as done."""
         return any(step.name == name and step.status == "done" for step in await self.store.steps(self.claim))
 
+    async def is_begun(self, name: str) -> bool:
+        """Whether it has the step at all, however it ended."""
+        return any(step.name == name for step in await self.store.steps(self.claim))
+
     async def wait_for(self, reason: str) -> None:
         """Nothing moves until somebody else does: shown in the status until the next step."""
         self.progress.waiting_for = reason

@@ -7,14 +7,12 @@ written before the world changed.
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol
 
-from cutover.ports import Cache, Sequences
+from cutover.ports import Cache, Gate
 from cutover.protocol import Ends, Report, World, cut_over, recover
 from mover.core.errors import (
     CutoverAborted,
@@ -27,18 +25,21 @@ from mover.core.errors import (
     VerificationFailed,
     first_error,
 )
-from mover.core.migration import Claim, Migration, Place, Progress
+from mover.core.migration import Claim, Place, Progress
 from mover.core.states import Phase, Status
 from mover.core.tables import MovedTable, Plan, Shape
 from mover.engine.align import Alignment
 from mover.engine.copy import WaveCopy
 from mover.engine.figures import Figures
-from mover.engine.follow import Follower, follower_of
+from mover.engine.flow import Flow, open_flow
+from mover.engine.follow import Follower
 from mover.engine.journal import Journal
+from mover.engine.observer import Observer
 from mover.engine.preflight import refusal
-from mover.engine.site import Kept, Link, Site
-from mover.engine.switch import RouteDecision, to_the_end
+from mover.engine.site import Site
+from mover.engine.switch import ReturnDecision, RouteDecision, to_the_end
 from mover.engine.verify import Verification
+from mover.engine.way_back import WayBack
 from mover.ports import Clock, MoveStore
 
 # The stream is caught up when a mark passes through it within this share of the pause budget.
@@ -51,6 +52,10 @@ WISH_S = 0.05
 MONITOR_INTERVAL_S = 5.0
 MONITOR_LOOK_S = 60.0
 TOMBSTONE_INTERVAL_S = 3600.0
+# Between two comparisons of a source that follows its target.
+COMPARE_INTERVAL_S = 60.0
+NOTHING_SWITCHED = "Nothing was switched."
+RETURN = "return.switch"  # the step in which a tenant is brought back
 DAMAGE = "damage_after_switch"  # the note that keeps the source from being cleaned
 SERVERS = "servers"  # the note that keeps which ones they were
 SETTLE_INTERVAL_S = 0.2
@@ -65,26 +70,7 @@ class Limits:
     pause_budget_s: float
     monitoring_s: float
     tombstone_s: float
-
-
-class Observer(Protocol):
-    """Hears what metrics need."""
-
-    def phase_took(self, phase: Phase, seconds: float) -> None: ...
-
-    def chunk_copied(self, rows: int, size: int) -> None: ...
-
-    def changes_applied(self, kinds: Mapping[str, int]) -> None: ...
-
-    def rows_verified(self, rows: int) -> None: ...
-
-    def integrity_failed(self, rows: int) -> None: ...
-
-    def cutover(self, outcome: str, pause_ms: float | None) -> None: ...
-
-    def measured(self, migration: Migration, lag_bytes: int, lag_seconds: float, kept: Kept) -> None: ...
-
-    def writes_refused(self, count: int) -> None: ...
+    abandoned_s: float  # what a tenant who came back has left on the target is kept for so long
 
 
 @dataclass
@@ -101,9 +87,10 @@ class Move:
     clock: Clock
     observer: Observer
     progress: Progress = field(default_factory=Progress)
-    follower: Follower | None = None
+    flow: Flow | None = None  # while rows flow, there or back
     journal: Journal = field(init=False)
     alignment: Alignment = field(init=False)
+    way_back: WayBack = field(init=False)
     switched_at: datetime | None = None
     # False while writers may be waiting for the outcome of a cutover: no wish is obeyed meanwhile.
     may_rest: bool = field(init=False)
@@ -115,6 +102,7 @@ class Move:
         self.journal = Journal(self.claim, self.store, self.progress, self.clock, self.observer.phase_took)
         self.may_rest = not self.journal.was_reached(Phase.CUTOVER)
         self.alignment = Alignment(self.claim, self.store, self.site, self.journal.say)
+        self.way_back = WayBack(self.claim, self.store, self.site, self.journal, self.progress, self.observer)
         self._figures = Figures(self.progress, self.clock)
 
     async def run(self) -> Status:
@@ -124,38 +112,66 @@ class Move:
         else:
             plan = await self._begin()
             await self._transfer(plan.shape)
-        if not await self._monitor(plan.shape):
+        is_over = self.journal.was_reached(Phase.CLEANUP)
+        if not is_over and not await self._monitor(plan.shape):
             return Status.MONITORING
         await self._clean_up(plan.shape)
         return Status.COMPLETED
 
     async def undo(self) -> Status:
-        """Remove everything we made; the source never noticed. Ends as `outcome` says."""
+        """Remove everything we made. Before the switch the source never noticed; after it the tenant comes
+        back first. Ends as `outcome` says."""
         plan = await self.store.load_plan(self.claim)
+        has_returned = plan is not None and await self._returns(plan.shape)
         if plan is not None:
-            await self._make_sure_it_is_not_switched()
             await self.journal.say("undoing: removing everything this migration made")
+            if has_returned:
+                await self.way_back.remove("return")
             await self._clear_source(plan.shape)
-            await self._clear_target(plan.shape)
+            if not has_returned:
+                await self._clear_target(plan.shape)
         self.site.rest()
         outcome = self.claim.migration.outcome or Status.CANCELLED
+        if has_returned:
+            await self.store.tombstone(self.claim, 0, self.limits.abandoned_s)
         await self.store.set_status(self.claim, outcome, error=self.claim.migration.error)
+        if outcome is Status.ROLLED_BACK:
+            self.observer.rolled_back("operator")
         return outcome
 
-    async def _make_sure_it_is_not_switched(self) -> None:
-        """The target's fence has the last word, where a cutover was tried and the target still answers;
-        it was asked already when the undoing has got past the source's.
+    async def clear_abandoned(self) -> None:
+        """Nobody has needed what the tenant had left on the target when he came back."""
+        await self._clear_target((await self._stored_plan()).shape)
+        self.site.rest()
+        await self.store.end_tombstone(self.claim)
+        await self.journal.say("the abandoned target is cleared: nothing of ours is left")
+        await self.store.release(self.claim)
 
-        Raises DamageAfterSwitch when the tenant is served by the target."""
-        switched = await self.store.is_switched(self.claim)
-        journal = self.journal
-        if not switched and journal.was_reached(Phase.CUTOVER) and not await journal.is_done("undo.reopen"):
-            try:
-                switched = await self._settle_earlier()
-            except Refused as error:  # the database is gone, or does not let us in: it serves nobody
-                await journal.say(f"undoing without the target: {error}", "warning")
-        if switched:
+    async def _returns(self, shape: Shape) -> bool:
+        """Whether the tenant was served by the target; he is back at the source then.
+
+        Raises DamageAfterSwitch when it is not asked for that he comes back."""
+        if await self.journal.is_done(RETURN):
+            return True
+        if not await self.journal.is_begun(RETURN) and not await self._is_served_by_target():
+            return False
+        if self.claim.migration.outcome is not Status.ROLLED_BACK:
             raise DamageAfterSwitch("the tenant is served by the target: nothing is removed there")
+        await self._come_back(shape)
+        return True
+
+    async def _is_served_by_target(self) -> bool:
+        """The target's fence has the last word, where a cutover was tried and the target still answers;
+        it was asked already when the undoing has got past the source's."""
+        journal = self.journal
+        if journal.was_reached(Phase.CUTOVER) and not await journal.is_done("undo.reopen"):
+            try:
+                return await self._settle_earlier()
+            except Refused as error:  # the database is gone, or does not let us in: it serves nobody
+                if await self.store.is_switched(self.claim):
+                    raise
+                await journal.say(f"undoing without the target: {error}", "warning")
+        return await self.store.is_switched(self.claim)
 
     async def watch_tombstone(self) -> None:
         """A completed migration's guard on the source goes when nobody has met it for long enough."""
@@ -176,7 +192,7 @@ class Move:
         await self.site.take_over()
         if self.journal.was_reached(Phase.CLEANUP):  # then the target was open, and its fence may be gone
             return True
-        switched = await self._settle()
+        switched = await self._settle(self._ends)
         self.may_rest = True
         return switched
 
@@ -234,14 +250,12 @@ class Move:
 
     async def _transfer(self, shape: Shape) -> None:
         """Rows flow: copy, follow, prove, switch. One follower serves all four."""
-        async with self.site.link(shape) as link, AsyncExitStack() as closing:
-            follower = self.follower = follower_of(link, self.progress, self.observer.changes_applied)
-            closing.push_async_callback(follower.close)
-            verification = self._verification_of(shape, link, follower)
-            closing.push_async_callback(verification.close)
-            sequences = await closing.enter_async_context(self.site.sequences(shape))
-            world = self._world(follower, verification, sequences)
-            copy = self._copy_of(shape, link, follower)
+        tenant, check = self.claim.migration.tenant, self.alignment.check
+        async with self._showing(
+            open_flow(self.site, shape, tenant, self.progress, self.observer, check, NOTHING_SWITCHED)
+        ) as flow:
+            follower, verification = flow.follower, flow.verification
+            copy = self._copy_of(flow)
             async with self.alignment.noticing():
                 await copy.load()
                 await follower.start()
@@ -261,10 +275,20 @@ class Move:
                         async with self.journal.phase(Phase.VERIFY):
                             await verification.until_small()
                         async with self.journal.phase(Phase.CUTOVER):
-                            await self._cut_over(shape, world, follower, verification)
+                            await self.way_back.prepare(shape)
+                            await self._cut_over(flow)
                         following.cancel()
-            self.follower = None
+            self.flow = None
             await self._compare_completely(verification)
+
+    @asynccontextmanager
+    async def _showing(self, opened: AbstractAsyncContextManager[Flow]) -> AsyncIterator[Flow]:
+        """While it is open, its lag is that of the migration."""
+        async with opened as self.flow:
+            try:
+                yield self.flow
+            finally:
+                self.flow = None
 
     @property
     def _ends(self) -> Ends:
@@ -276,36 +300,31 @@ class Move:
             clock=self.clock,
         )
 
-    def _world(self, follower: Follower, verification: Verification, sequences: Sequences) -> World:
-        return World(
-            source=self.site.source_fence,
-            target=self.site.target_fence,
-            drain=follower,
-            proof=verification,
-            sequences=sequences,
-            decision=RouteDecision(self.store, self.claim, self.source, self.target),
+    @property
+    def _ends_of_return(self) -> Ends:
+        return Ends(
+            source=self.site.target_fence,
+            target=self.site.source_fence,
+            decision=ReturnDecision(self.store, self.claim, self.source, self.target),
             cache=self.cache,
             clock=self.clock,
         )
 
-    def _verification_of(self, shape: Shape, link: Link, follower: Follower) -> Verification:
-        def on_rows(rows: int) -> None:
-            self.progress.rows_compared += rows
-            self.observer.rows_verified(rows)
-
-        return Verification(
-            tenant=self.claim.migration.tenant,
-            tables=shape.tables,
-            follower=follower,
-            target=link.target,
-            source_readers=link.source_readers,
-            target_readers=link.target_readers,
-            on_rows=on_rows,
-            check_schemas=functools.partial(self.alignment.check, link.schema_stamp),
-            on_mismatch=self.observer.integrity_failed,
+    def _world(self, ends: Ends, flow: Flow, gate: Gate | None) -> World:
+        return World(
+            source=ends.source,
+            target=ends.target,
+            decision=ends.decision,
+            cache=ends.cache,
+            clock=ends.clock,
+            drain=flow.follower,
+            proof=flow.verification,
+            sequences=flow.sequences,
+            gate=gate,
         )
 
-    def _copy_of(self, shape: Shape, link: Link, follower: Follower) -> WaveCopy:
+    def _copy_of(self, flow: Flow) -> WaveCopy:
+        shape = flow.shape
         self.progress.rows_total = sum(t.estimated_rows for t in shape.tables)
         self.progress.bytes_total = sum(t.estimated_bytes for t in shape.tables)
 
@@ -314,15 +333,15 @@ class Move:
 
         return WaveCopy(
             shape=shape,
-            copier=link.copier,
-            target=link.target,
-            follower=follower,
+            copier=flow.link.copier,
+            target=flow.link.target,
+            follower=flow.follower,
             progress=self.progress,
             clock=self.clock,
             workers=self.limits.copy_workers,
             wave_seconds=self.limits.wave_seconds,
             build_keys=build_keys,
-            check_schemas=functools.partial(self.alignment.check, link.schema_stamp),
+            check_schemas=flow.check_schemas,
             on_chunk=self.observer.chunk_copied,
         )
 
@@ -334,18 +353,32 @@ class Move:
             if self.clock.monotonic() - started < self.limits.pause_budget_s * DRAIN_SHARE:
                 return
 
-    async def _cut_over(
-        self, shape: Shape, world: World, follower: Follower, verification: Verification
-    ) -> None:
-        """Attempts until one fits the budget; an attempt that does not leaves no trace."""
+    async def _cut_over(self, flow: Flow) -> None:
+        """The tenant goes to the target."""
+
+        async def get_ready() -> None:
+            await self._know_servers()
+            await self.site.check_schemas(flow.shape)
+            await self.site.carry_remarks(flow.shape, self.journal.say)
+            await self.site.check_references(flow.shape, self.journal.say)
+            await self.way_back.skip_ahead()
+
+        report = await self._attempt(flow, self._ends, self.way_back, get_ready)
+        self.switched_at = datetime.now(UTC)
+        if report is not None:
+            await self._switched(report)
+
+    async def _attempt(
+        self, flow: Flow, ends: Ends, gate: Gate | None, get_ready: Callable[[], Awaitable[None]]
+    ) -> Report | None:
+        """Cutovers until one fits the budget; an attempt that does not leaves no trace. The report is None
+        where only the outcome is known."""
+        world, verification = self._world(ends, flow, gate), flow.verification
         backoff, longest = CUTOVER_BACKOFF_S
         while True:
-            await self._know_servers()
-            await self.site.check_schemas(shape)
-            await self.site.carry_remarks(shape, self.journal.say)
-            await self.site.check_references(shape, self.journal.say)
+            await get_ready()
             await verification.check_schemas()
-            await self._catch_up(follower)
+            await self._catch_up(flow.follower)
             await verification.until_small()
             await verification.one_pass()  # what changes from here on is compared inside the pause
             while self.wish_waits:
@@ -363,20 +396,20 @@ class Move:
                 self.progress.waiting_for = None
                 backoff = min(backoff * 2, longest)
             except OutcomeUnknown:
-                switched = await self._settle()
+                switched = await self._settle(ends)
                 self.may_rest = True
                 if switched:
-                    self.switched_at = datetime.now(UTC)
-                    return
+                    return None
             else:
-                return await self._switched(report)
+                self.may_rest = True
+                return report
 
-    async def _settle(self) -> bool:
+    async def _settle(self, ends: Ends) -> bool:
         """The decision's answer was lost: the fence stays closed until the platform database tells."""
         self.progress.waiting_for = "the platform database, for the outcome of the decision"
         while True:
             try:
-                switched = await recover(self._ends)
+                switched = await recover(ends)
             except MoverError as error:
                 if error.remedy is not Remedy.RETRY:
                     raise
@@ -386,8 +419,6 @@ class Move:
                 return switched
 
     async def _switched(self, report: Report) -> None:
-        self.may_rest = True
-        self.switched_at = datetime.now(UTC)
         self.progress.pause_ms = report.pause_ms
         self.progress.evidence |= {**report.evidence, "pause_steps_ms": dict(report.steps_ms)}
         self.observer.cutover("switched", report.pause_ms)
@@ -418,10 +449,11 @@ class Move:
         await self.journal.say(f"verified: {detail}")
 
     async def _monitor(self, shape: Shape) -> bool:
-        """The window before the source is cleaned; False when it is not over yet.
+        """The window before the source is cleaned, which follows the target meanwhile; False when it is not
+        over yet.
 
-        The forward stream is over. A long window is not waited for here: the claim is given back until
-        the next look, so that the watched migrations leave room for others. Raises DamageAfterSwitch."""
+        The forward stream is over. For a long window the claim is given back once, to be taken again as one
+        of the migrations that are watched, which leave room for others. Raises DamageAfterSwitch."""
         async with self.journal.phase(Phase.MONITOR):
             if not await self.journal.is_done("monitor.stop_stream"):
                 await self.journal.step("monitor.keep_target", self.site.keep_target, shape)
@@ -431,17 +463,80 @@ class Move:
                 if "source_root" not in self.progress.evidence:
                     await self.journal.say("no complete comparison after the switch, only before", "warning")
             if damage := (await self.store.load_notes(self.claim)).get(DAMAGE):
+                await self.way_back.give_up("the comparison after the switch found a difference")
                 raise DamageAfterSwitch(
                     f"after the switch: {damage}",
                     hint=f"The source keeps its rows while the migration's notes hold `{DAMAGE}`.",
                 )
             await self._count_refused()
-            while 0 < (left := self._window_left()) <= MONITOR_INTERVAL_S:
-                await self.clock.sleep(left)
-        if left > 0:
-            self.progress.eta_seconds = round(left, 1)
-            await self.store.release(self.claim, min(left, MONITOR_LOOK_S))
-        return left <= 0
+            left = self.progress.eta_seconds = round(self._window_left(), 1)
+            if left > MONITOR_INTERVAL_S and self.claim.migration.status is not Status.MONITORING:
+                await self.store.release(self.claim)
+                return False
+            if await self.way_back.shape() is not None:
+                await self._keep_the_way_back(shape)
+            elif left > MONITOR_INTERVAL_S:
+                await self.store.release(self.claim, min(left, MONITOR_LOOK_S))
+                return False
+            else:
+                await self.clock.sleep(max(0.0, left))
+        return True
+
+    async def _keep_the_way_back(self, shape: Shape) -> None:
+        """Until the window is over the source follows the target; compared now and again, and at the end."""
+        try:
+            await self._follow_back(shape)
+        except VerificationFailed as error:
+            await self.store.save_note(self.claim, DAMAGE, str(error))
+            await self.way_back.give_up("the source and the target that it follows differ")
+            raise
+
+    async def _follow_back(self, shape: Shape) -> None:
+        async with self._showing(self.way_back.open(shape)) as flow:
+            with first_error():
+                async with asyncio.TaskGroup() as tasks:
+                    following = tasks.create_task(flow.follower.run(), name="follower")
+                    while (left := self._window_left()) > 0:
+                        self.progress.eta_seconds = round(left, 1)
+                        await self._count_refused()
+                        await flow.verification.one_pass()
+                        await self.clock.sleep(min(self._window_left(), COMPARE_INTERVAL_S))
+                    await flow.verification.one_pass()
+                    following.cancel()
+
+    async def _come_back(self, shape: Shape) -> None:
+        """The same cutover with the roles swapped: from the target to the source, with whatever the tenant
+        has written since he left."""
+        was_begun, ends = await self.journal.is_begun(RETURN), self._ends_of_return
+        await self.site.take_over()
+        self.may_rest = False
+        await self.store.enter_phase(self.claim, Phase.CUTOVER)  # what is left half-way is taken up first
+        async with self.journal.line(RETURN):
+            home = self.site.source_fence
+            if was_begun and await home.state() != "moved" and await self._settle(ends):
+                return
+            async with self._showing(self.way_back.open(shape)) as flow:
+                with first_error():
+                    async with asyncio.TaskGroup() as tasks:
+                        following = tasks.create_task(flow.follower.run(), name="follower")
+                        try:
+                            report = await self._attempt(flow, ends, None, home.expect_return)
+                        except VerificationFailed:
+                            await home.move_away()  # whoever still comes here learns where the tenant is
+                            raise
+                        following.cancel()
+                if report is not None:
+                    await self._has_returned(report)
+                    async with self.journal.line("return.complete_comparison"):
+                        await flow.verification.complete()
+
+    async def _has_returned(self, report: Report) -> None:
+        self.progress.evidence |= {
+            "return_pause_ms": report.pause_ms,
+            "return_pause_steps_ms": dict(report.steps_ms),
+        }
+        self.observer.cutover("returned", report.pause_ms)
+        await self.journal.say(f"back at {self.source}: pause {report.pause_ms:.0f} ms, {report.steps_ms}")
 
     async def _count_refused(self) -> None:
         """Writes that stale routes still send to the source."""
@@ -452,6 +547,7 @@ class Move:
     async def _clean_up(self, shape: Shape) -> None:
         step, say, wait_for = self.journal.step, self.journal.say, self.journal.wait_for
         async with self.journal.phase(Phase.CLEANUP):
+            await self.way_back.remove("cleanup")
             # What others refer to would be gone without a word: foreign keys do not act on what we remove.
             await self.site.check_others_references(shape, say)
             await step("cleanup.source_rows", self.site.remove_source_rows, shape, say)
@@ -479,6 +575,7 @@ class Move:
     async def _clear_target(self, shape: Shape) -> None:
         step = self.journal.step
         await step("undo.target_ownership", self.site.own_target)
+        await self.way_back.remove("undo")
         await step("undo.target_guards", self.site.unguard_target, shape, self.journal.wait_for)
         await step("undo.target_rows", self.site.remove_target_rows, shape, self.journal.say)
         await step("undo.forget_target", self.site.forget_target)
@@ -489,11 +586,11 @@ class Move:
 
     async def measure(self) -> None:
         """Bring the progress' live figures up to date; called beside `run`, about once a second."""
-        if self.follower is None:
+        if (flow := self.flow) is None:
             self.progress.lag_bytes = self.progress.lag_seconds = None
             return
-        self._figures.note(await self.follower.lag_bytes())
-        kept = await self.site.kept_for_us()
+        self._figures.note(await flow.follower.lag_bytes())
+        kept = await flow.site.kept_for_us()
         lag_bytes, lag_seconds = self.progress.lag_bytes or 0, self.progress.lag_seconds or 0.0
         self.observer.measured(self.claim.migration, lag_bytes, lag_seconds, kept)
         if warning := self._figures.warning(kept):

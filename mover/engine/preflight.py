@@ -5,17 +5,18 @@ What can be wrong is in `preflight_checks`; which table is moved, in `table_clas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mover.core.ddl import rename_schemas
 from mover.core.errors import Refused, Where
 from mover.core.facts import Facts, Relation, ServerFacts
-from mover.core.ids import Capture
+from mover.core.ids import Capture, Side
 from mover.core.tables import Column, Finding, MovedTable, Plan, SequenceRef, Shape
 from mover.engine import ordinary_roles, table_classes
 from mover.engine.preflight_checks import CHECKS, TABLE_CHECKS
 from mover.engine.reference_checks import across_tenants
+from mover.engine.server_checks import source_server
 from mover.engine.table_classes import Classes
 from mover.engine.wording import listed
 
@@ -25,12 +26,34 @@ def judge(facts: Facts) -> Plan:
 
     Where nobody has said how changes are to be followed, it is by the WAL, unless something refuses that
     which triggers could do without."""
+    return _by_what_serves(facts, _judge)
+
+
+def judge_back(facts: Facts, there: Shape, prepared: Capture | None) -> Plan:
+    """The plan of the way back from where `there` leads, by the same rules. `facts` are of the two sides with
+    their roles swapped; they have no counts. `prepared`: it stays as it is, and has what it needs."""
+    tables = tuple(replace(t, source=t.target, target=t.source) for t in there.tables)
+    careful = frozenset({Side.SOURCE: Side.TARGET, Side.TARGET: Side.SOURCE}[side] for side in there.careful)
+    before = replace(there, tables=tables, fresh=False, careful=careful)
+
+    def judged(facts: Facts) -> Plan:
+        capture = Capture.WAL if facts.is_streamed else Capture.TRIGGER
+        shape, refusals = judge_again(facts, replace(before, capture=capture))
+        if prepared is not None:
+            return Plan(shape, refusals)
+        servers = source_server(facts, table_classes.classify(facts))
+        return Plan(shape, (*refusals, *(finding for finding in servers if not finding.warning)))
+
+    return _by_what_serves(replace(facts, capture=prepared or facts.capture, is_back=True), judged)
+
+
+def _by_what_serves(facts: Facts, judged: Callable[[Facts], Plan]) -> Plan:
     if facts.capture is not None:
-        return _judge(facts)
-    streamed = _judge(replace(facts, capture=Capture.WAL))
+        return judged(facts)
+    streamed = judged(replace(facts, capture=Capture.WAL))
     if not streamed.refusals:
         return streamed
-    written = _judge(replace(facts, capture=Capture.TRIGGER))
+    written = judged(replace(facts, capture=Capture.TRIGGER))
     left = {finding.message for finding in written.refusals}
     if reasons := [finding for finding in streamed.refusals if finding.message not in left]:
         return replace(written, findings=(_by_triggers(reasons), *written.findings))

@@ -14,19 +14,19 @@ OLDEST_MINOR: Mapping[int, int] = {15: 13, 16: 9, 17: 5}
 
 def source_server(facts: Facts, _: Classes) -> Iterator[Finding]:
     """What logical decoding needs."""
-    server = facts.source.server
+    server, side = facts.source.server, "target" if facts.is_back else "source"
     if not facts.is_streamed:
         return
     if server.wal_level != "logical":
         yield Finding(
             "wal_level",
-            f"wal_level is {server.wal_level} on the source, so that changes cannot be decoded",
-            "ALTER SYSTEM SET wal_level = logical; then restart the source.",
+            f"wal_level is {server.wal_level} on the {side}, so that changes cannot be decoded",
+            f"ALTER SYSTEM SET wal_level = logical; then restart the {side}.",
         )
     if not server.replication:
         yield Finding(
             "no_replication",
-            f"role {server.role} lacks REPLICATION on the source",
+            f"role {server.role} lacks REPLICATION on the {side}",
             f'ALTER ROLE "{server.role}" REPLICATION;',
         )
     for what, free, setting in (
@@ -36,20 +36,20 @@ def source_server(facts: Facts, _: Classes) -> Iterator[Finding]:
         if free < 1:
             yield Finding(
                 f"no_free_{setting.removeprefix('max_')}",
-                f"the source has no free {what}",
-                f"Drop unused slots, or raise {setting} and restart the source.",
+                f"the {side} has no free {what}",
+                f"Drop unused slots, or raise {setting} and restart the {side}.",
             )
     oldest = OLDEST_MINOR.get(server.major)
     if oldest is not None and server.version_num % 10000 < oldest:
         yield Finding(
             "old_minor",
-            f"PostgreSQL {server.version} on the source can lose changes while decoding",
+            f"PostgreSQL {server.version} on the {side} can lose changes while decoding",
             f"Update it to {server.major}.{oldest} or later.",
         )
     if server.slot_wal_keep_mb >= 0:
         yield Finding(
             "slot_wal_keep",
-            f"max_slot_wal_keep_size is {server.slot_wal_keep_mb} MB on the source: a slot that falls further"
+            f"max_slot_wal_keep_size is {server.slot_wal_keep_mb} MB on the {side}: a slot that falls further"
             " behind is lost",
             "Raise it when the migration is expected to write more than that.",
             warning=True,

@@ -7,8 +7,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from cutover.ports import Fence, Sequences, TargetFence
-from mover.core.ids import TableRef, TenantId
+from cutover.ports import Sequences, TargetFence
+from mover.core.ids import Capture, TableRef, TenantId
 from mover.core.tables import MovedTable, Plan, Shape
 from mover.ports import ApplyTarget, ChangeLog, ChangeSource, ChangeStream, Copier
 from verify.ports import DigestReader
@@ -78,8 +78,19 @@ class Site(Protocol):
 
     async def preflight(self) -> Plan: ...
 
+    def back(self) -> Site:
+        """The same two databases with their roles swapped: rows flow from this one's target to its source."""
+        ...
+
+    async def plan_back(self, shape: Shape, capture: Capture | None) -> Plan:
+        """The plan of the way back, by the catalogs as they are now; refused where it is not possible.
+        `capture` is how it has been prepared, if it has.
+
+        Raises SchemaChanged when the two sides differ."""
+        ...
+
     @property
-    def source_fence(self) -> Fence: ...
+    def source_fence(self) -> TargetFence: ...
 
     @property
     def target_fence(self) -> TargetFence: ...
@@ -166,6 +177,19 @@ class Site(Protocol):
 
     async def publish(self, shape: Shape, say: Say) -> None:
         """The publication, then the slot, then the stream's starting position on the target."""
+        ...
+
+    async def guard_departure(self, shape: Shape, say: Say) -> None:
+        """Of a way back: guards on its source, the migration's target, which may have to write down what they
+        let pass. The fence stays as it is."""
+        ...
+
+    async def skip_ahead(self, shape: Shape) -> None:
+        """What has committed on the source so far need not be kept for us."""
+        ...
+
+    async def begin_here(self) -> None:
+        """What commits on the source from now on is applied, and nothing that has committed so far."""
         ...
 
     def link(self, shape: Shape) -> AbstractAsyncContextManager[Link]: ...

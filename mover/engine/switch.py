@@ -30,6 +30,22 @@ class RouteDecision:
         return await self.store.is_switched(self.claim)
 
 
+@dataclass(frozen=True, slots=True)
+class ReturnDecision:
+    """The same for the way back of that migration."""
+
+    store: MoveStore
+    claim: Claim
+    source: Place
+    target: Place
+
+    async def switch(self, evidence: Mapping[str, object]) -> None:
+        await self.store.decide_return(self.claim, self.source, self.target, evidence)
+
+    async def is_switched(self) -> bool:
+        return await self.store.is_returned(self.claim)
+
+
 async def to_the_end(work: Coroutine[None, None, Report]) -> Report:
     """A cancellation waits for a cutover that has begun: it ends or undoes itself within its budget."""
     task = asyncio.ensure_future(work)

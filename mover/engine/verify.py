@@ -43,6 +43,7 @@ class Verification:
     on_mismatch: Callable[[int], None]  # hears how many rows differ
     # Raises when the source's schemas are not those of `tables` any more.
     check_schemas: Callable[[], Coroutine[None, None, None]]
+    hint: str  # for whoever hears that they differ
     passes: int = 0
     _final: AsyncExitStack = field(default_factory=AsyncExitStack)
     _final_readers: tuple[DigestReader, DigestReader] | None = None
@@ -120,7 +121,7 @@ class Verification:
             error = VerificationFailed(
                 "source and target differ: " + "; ".join(map(str, differing)),
                 where=Where(self.tenant, differing[0].table),
-                hint="Nothing was switched. The keys are in the migration's evidence.",
+                hint=f"{self.hint} The keys are in the migration's evidence.",
             )
             error.evidence = [mismatch.evidence() for mismatch in differing]
             raise error

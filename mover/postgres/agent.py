@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psycopg import sql
 
-from mover.core.ids import MigrationId
+from mover.core.ids import MigrationId, back_of
 from mover.postgres import owner
 from mover.postgres.capture import drop_log
 from mover.postgres.connect import Database, Identity
@@ -28,13 +28,14 @@ async def is_installed(database: Database) -> bool:
 
 
 async def forget(database: Database, migration: MigrationId) -> None:
-    """Remove the migration's rows and its log, and the schema with the last of them."""
+    """Remove the migration's rows and its logs, and the schema with the last of them."""
     if not await is_installed(database):
         return
     queries = load("agent")
     async with database.borrow("uninstall", client_min_messages="warning") as conn, conn.transaction():
-        for table in _TABLES:
-            statement = sql.SQL(queries["forget"]).format(table=sql.Identifier(table))
-            await conn.execute(statement, (migration,))
-        await drop_log(conn, migration)
+        for stream in (migration, back_of(migration)):
+            for table in _TABLES:
+                statement = sql.SQL(queries["forget"]).format(table=sql.Identifier(table))
+                await conn.execute(statement, (stream,))
+            await drop_log(conn, stream)
         await conn.execute(queries["uninstall"])

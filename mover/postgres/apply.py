@@ -56,7 +56,7 @@ class Transaction:
 
     async def advance(self, applied: Lsn, snapshot: Snapshot | None) -> None:
         facts = {
-            "migration": self._identity.migration,
+            "migration": self._identity.stream,
             "lsn": str(applied),
             "snapshot": str(snapshot) if snapshot else None,
         }

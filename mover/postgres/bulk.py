@@ -52,7 +52,7 @@ class BulkCopier:
     async def chunks(self) -> Mapping[TableRef, Sequence[Chunk]]:
         found: dict[TableRef, list[Chunk]] = {}
         async with self._target.borrow("chunks") as conn:
-            rows = await (await conn.execute(_READ_CHUNKS, (self._identity.migration,))).fetchall()
+            rows = await (await conn.execute(_READ_CHUNKS, (self._identity.stream,))).fetchall()
         for schema, name, number, lo, hi, done, count, size in rows:
             chunk = Chunk(number, lo and tuple(lo), hi and tuple(hi), done, count, size)
             found.setdefault(TableRef(schema, name), []).append(chunk)
@@ -132,7 +132,7 @@ class BulkCopier:
         return [tuple(row) for row in rows]
 
     def _key(self, table: TableRef) -> tuple[Any, str, str]:
-        return self._identity.migration, table.schema, table.name
+        return self._identity.stream, table.schema, table.name
 
 
 class BulkWorker:

@@ -74,8 +74,8 @@ class PgChangeLog:
             yield log
 
     @property
-    def migration(self) -> MigrationId:
-        return self._identity.migration
+    def stream(self) -> MigrationId:
+        return self._identity.stream
 
     @property
     def numbers(self) -> Mapping[TableRef, int]:
@@ -107,7 +107,7 @@ class PgChangeLog:
             "before": str(seen.xmin),
             "limit": FORGET_ROWS,
         }
-        statement = sql.SQL(load("capture")["forget"]).format(log=log_of(self.migration))
+        statement = sql.SQL(load("capture")["forget"]).format(log=log_of(self.stream))
         with translate(self.label):
             async with self._conn.transaction():
                 await owner.hold(self._conn, self._identity)
@@ -120,7 +120,7 @@ class PgChangeLog:
     async def make_room(self) -> None:
         if self._dead >= VACUUM_ROWS:
             self._dead = 0
-            statement = sql.SQL(load("capture")["make_room"]).format(log=log_of(self.migration))
+            statement = sql.SQL(load("capture")["make_room"]).format(log=log_of(self.stream))
             async with self._database.borrow("log") as conn:
                 await conn.execute(statement)
 
@@ -140,7 +140,7 @@ class PgLoggedPoint(Point):
 
     async def changes_since(self, snapshot: Snapshot) -> PgChangesSince:
         is_new = _is_new(snapshot)
-        query = sql.SQL(load("capture")["new_entries"]).format(log=log_of(self.log.migration), is_new=is_new)
+        query = sql.SQL(load("capture")["new_entries"]).format(log=log_of(self.log.stream), is_new=is_new)
         changes = PgChangesSince(self, is_new)
         facts = {"relations": list(self.log.numbers.values())}
         with translate(self.label):
@@ -294,7 +294,7 @@ class PgChangesSince:
         )
 
     def _query(self, name: str, **parts: sql.Composable) -> sql.Composed:
-        log = log_of(self.point.log.migration)
+        log = log_of(self.point.log.stream)
         return sql.SQL(load("capture")[name]).format(log=log, is_new=self.is_new, **parts)
 
 

@@ -18,7 +18,7 @@ import psycopg
 from psycopg import sql
 from psycopg.pq import TransactionStatus
 
-from mover.core.ids import Epoch, MigrationId
+from mover.core.ids import Epoch, MigrationId, back_of
 from mover.core.secret import Secret
 from mover.postgres.errors import translate
 from mover.postgres.idle import Connection, IdleConnections
@@ -56,10 +56,16 @@ NO_TRANSACTION_TIMEOUT = "SET transaction_timeout = 0"
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who a connection works for."""
+    """Who a connection works for; `is_back`: where the tenant's rows flow from target to source."""
 
     migration: MigrationId
     epoch: Epoch
+    is_back: bool = False
+
+    @property
+    def stream(self) -> MigrationId:
+        """After which one direction's slot, publication, log and progress are named."""
+        return back_of(self.migration) if self.is_back else self.migration
 
     @property
     def prefix(self) -> str:

@@ -12,7 +12,7 @@ from psycopg import sql
 from mover.core.errors import Conflict, NotFound, Refused, UnknownTenant, Where
 from mover.core.ids import TableRef, TenantId, Tier
 from mover.core.migration import Event, Migration, MigrationRequest, Place, Progress, Step, Wish
-from mover.core.states import Status, check_status
+from mover.core.states import Phase, Status, check_status
 from mover.postgres.platform import check_schema_version
 from mover.postgres.platform_pool import Connection, PlatformPool
 from mover.postgres.rows import COLUMNS, event_of, jsonb, migration_of, progress_of, step_of
@@ -86,6 +86,8 @@ class DeskStore:
         async with self._pool.transaction() as conn:
             migration = await _lock(conn, migration_id)
             answer = answer_wish(migration, wish)
+            if wish is Wish.ROLLBACK and migration.status is Status.MONITORING:
+                await _check_way_back(conn, migration)
             if answer.status is None:
                 await conn.execute(_QUERIES["set_wish"], {"id": migration.id, "wish": wish.value})
             else:
@@ -165,12 +167,44 @@ def answer_wish(migration: Migration, wish: Wish) -> Answer:
             return Answer(Status.CANCELLED)
         case Wish.CANCEL, Status.PAUSED:
             return Answer(Status.ROLLING_BACK, Status.CANCELLED)
+        case Wish.ROLLBACK, Status.IN_PROGRESS:
+            return Answer()
+        case Wish.ROLLBACK, Status.MONITORING if migration.phase is not Phase.CLEANUP:
+            return Answer()
+        case Wish.ROLLBACK, Status.PENDING_APPROVAL | Status.QUEUED:
+            return Answer(Status.CANCELLED)
+        case Wish.ROLLBACK, Status.PAUSED if migration.started_at is None:
+            return Answer(Status.CANCELLED)
+        case Wish.ROLLBACK, Status.PAUSED:
+            return Answer(Status.ROLLING_BACK, Status.ROLLED_BACK)
     reason = "is being cancelled" if migration.wish is Wish.CANCEL else f"is {migration.status}"
     raise Conflict(
-        f"the migration {reason}: it cannot be {'paused' if wish is Wish.PAUSE else 'cancelled'}",
+        f"the migration {reason}: it cannot be {_PAST[wish]}",
         where=Where(tenant=migration.tenant),
-        hint="The tenant is already served by the target." if migration.status is Status.MONITORING else None,
+        hint=_hint(migration, wish),
     )
+
+
+def _hint(migration: Migration, wish: Wish) -> str | None:
+    served = migration.status in (Status.MONITORING, Status.COMPLETED)
+    if wish is Wish.ROLLBACK and served:
+        return "The source is cleaned: move the tenant back with a new migration."
+    if migration.status is Status.MONITORING:
+        return "The tenant is already served by the target: roll back instead."
+    return None
+
+
+_PAST = {Wish.PAUSE: "paused", Wish.CANCEL: "cancelled", Wish.ROLLBACK: "rolled back"}
+
+
+async def _check_way_back(conn: Connection, migration: Migration) -> None:
+    row = await (await conn.execute(_QUERIES["has_way_back"], {"id": migration.id})).fetchone()
+    if row is None or not row["possible"]:
+        raise Conflict(
+            "the migration has no way back",
+            where=Where(tenant=migration.tenant),
+            hint="Its events say why; move the tenant back with a new migration.",
+        )
 
 
 def _submission(request: MigrationRequest, source: Place) -> dict[str, object]:

@@ -137,14 +137,14 @@ class PgFence:
                 await owner.hold(conn, self._identity)
                 await self._guards.drop_helpers(conn)
 
-    async def stop_capturing(self) -> None:
-        """Where the tenant has left, nobody gets past the guards to write anything down. Elsewhere they do
-        until they are gone."""
+    async def stop_capturing(self, tables: Sequence[Holding]) -> None:
+        """Where the tenant has left, nobody gets past the guards to write anything down; nor will he if he
+        comes back. Elsewhere they do until they are gone."""
         async with self._database.borrow("guard") as conn:
             if await self._state_on(conn) == "moved":
                 async with conn.transaction():
                     await owner.hold(conn, self._identity)
-                    await self._guards.stop_capturing(conn)
+                    await self._guards.let_pass_only(conn, tables)
 
     async def _hand_back(self, conn: Connection) -> None:
         """The earlier migration's tombstone stands again, for that migration to look after."""
@@ -227,6 +227,10 @@ class PgFence:
 
     async def reopen(self) -> None:
         await self._change(("closed", "aborted"), "open")
+
+    async def expect_return(self) -> None:
+        """moved -> closed: the tenant may come back here."""
+        await self._change(("moved",), "closed")
 
     async def open(self) -> None:
         await self._change(("closed", "aborted"), "open")
@@ -325,6 +329,7 @@ class PgFence:
             "epoch": self._identity.epoch,
             "migration": self._identity.migration,
             "sequence": f"mover.state_{self.name}",
+            "opened": f"mover.opened_{self.name}",
         }
 
     def _object(self, kind: str) -> sql.Identifier:

@@ -64,7 +64,7 @@ class Guards:
     ) -> None:
         self._name, self._key, self._tenant, self._identity = name, key, tenant, identity
         self._wait_ms = max(GUARD_WAIT_MS, round(hold_s * 1000 * GUARD_WAIT_BUDGETS))
-        self._capture = Capture(name, identity.migration)
+        self._capture = Capture(name, identity.stream)
         self._captures, self._is_filled = captures, is_filled
 
     async def make_functions(self, conn: Connection, tables: Iterable[Holding]) -> None:
@@ -102,6 +102,17 @@ class Guards:
         """`ours`: what tells whether the row is the tenant's, where that is not certain."""
         moved = self._sql("refuse") if ours is None else self._sql("refuse_if_ours", ours=ours)
         return self._sql("let_pass", moved=moved)
+
+    async def let_pass_only(self, conn: Connection, tables: Iterable[Holding]) -> None:
+        """The functions that write down what they let pass do so no more, and guard as before; in the
+        caller's transaction, locking nothing of the application's."""
+        for holding in tables:
+            ours = self._conditions(holding) if holding.tenant_column is None else {}
+            for kind in self._conditions(holding):
+                function = self._capture.function(holding.table, kind)
+                await self._make_guard_function(conn, function, self._let_pass(ours.get(kind)))
+        await conn.execute(self._sql("truncate_function", told=sql.SQL("NULL")))
+        await self.stop_capturing(conn)
 
     async def stop_capturing(self, conn: Connection) -> None:
         """Where nobody gets past the guards any more: nothing of ours depends on columns for it; in the
@@ -225,7 +236,6 @@ class Guards:
                 chosen=_chosen(tie, columns, await _collations(conn, tie)),
                 refers=_refers(tie, columns),
                 is_owned=sql.Literal(tie.parent.tenant_column is None),
-                is_followed=sql.Literal(not self._is_filled),
                 owner_oid=sql.Literal(await capture.oid_of(conn, tie.parent.table)),
                 hand_over_name=sql.Literal(self._trigger("hand_over")),
             )
@@ -328,7 +338,7 @@ class Guards:
         """Texts in them are hexadecimal or uuids."""
         names = {
             f"{kind}_sequence": sql.SQL(f"{kind}_{self._name}")
-            for kind in ("state", "refused", "owners", "parents")
+            for kind in ("state", "refused", "opened", "owners", "parents")
         }
         names |= {
             f"{kind}_function": sql.SQL(f"{kind}_{self._name}")

@@ -103,9 +103,26 @@ async def store_start(target: Database, identity: Identity, start: Lsn) -> None:
     Raises SlotLost when the slot is newer than what the target has seen: changes would be missing."""
     async with target.borrow("progress") as conn, conn.transaction():
         await owner.hold(conn, identity)
-        row = await (await conn.execute(_STORE_START, (identity.migration, str(start)))).fetchone()
+        row = await (await conn.execute(_STORE_START, (identity.stream, str(start)))).fetchone()
         if row is not None and Lsn.parse(str(row[0])) < start:
             raise SlotLost("the slot was made anew: changes in between are missing")
+
+
+async def skip_ahead(database: Database, migration: MigrationId) -> None:
+    """What has committed so far is not wanted: the slot, which nobody reads, need not keep it."""
+    async with database.borrow("slot") as conn:
+        await conn.execute(_SKIP_AHEAD, (name_of(migration),))
+
+
+async def begin_here(source: Database, target: Database, identity: Identity) -> None:
+    """Everything that commits on the source from now on is to be applied, and nothing that has committed so
+    far; durable on the target when it returns."""
+    async with source.borrow("position") as conn:
+        row = await (await conn.execute(_POSITION)).fetchone()
+    assert row is not None
+    async with target.borrow("progress", synchronous_commit="on") as conn, conn.transaction():
+        await owner.hold(conn, identity)
+        await conn.execute(_BEGIN_HERE, (identity.stream, *row))
 
 
 async def drop_slot(database: Database, migration: MigrationId) -> None:
@@ -185,6 +202,16 @@ _STORE_START = """
 INSERT INTO mover.progress AS p (migration, applied_lsn) VALUES (%s, %s)
 ON CONFLICT (migration) DO UPDATE SET applied_lsn = p.applied_lsn
 RETURNING applied_lsn::text
+"""
+_SKIP_AHEAD = """
+SELECT pg_replication_slot_advance(slot_name, pg_current_wal_lsn())
+  FROM pg_replication_slots WHERE slot_name = %s AND confirmed_flush_lsn < pg_current_wal_lsn()
+"""
+# The position before the snapshot: what commits between the two is sent, and is in the snapshot.
+_POSITION = "SELECT pg_current_wal_insert_lsn()::text, pg_current_snapshot()::text"
+_BEGIN_HERE = """
+INSERT INTO mover.progress (migration, applied_lsn, snapshot) VALUES (%s, %s, %s)
+ON CONFLICT (migration) DO UPDATE SET applied_lsn = excluded.applied_lsn, snapshot = excluded.snapshot
 """
 _RETAINED = """
 SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), wal_status

@@ -6,7 +6,7 @@ a daemon that was suspended and wakes up after a take-over can do nothing but le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, LiteralString
 
 from psycopg import sql
@@ -48,8 +48,10 @@ class ClaimStore:
             organizations=sql.Identifier(organizations.schema, organizations.name)
         )
 
-    async def claim(self, owner: str, lease_seconds: float, *, settling_only: bool = False) -> Claim | None:
-        wanted = {"owner": owner, "lease_seconds": lease_seconds, "settling_only": settling_only}
+    async def claim(
+        self, owner: str, lease_seconds: float, *, moves: bool = True, watches: bool = True
+    ) -> Claim | None:
+        wanted = {"owner": owner, "lease_seconds": lease_seconds, "moves": moves, "watches": watches}
         async with self._pool.connection() as conn:
             cursor = await conn.execute(_CLAIM, wanted)
             row = await cursor.fetchone()
@@ -66,7 +68,8 @@ class ClaimStore:
         async with self._pool.transaction() as conn:
             row = await _lock(conn, claim)
             old = Phase(row["phase"]) if row["phase"] else None
-            _check_phase(old, phase, claim)
+            if Status(row["status"]) is not Status.ROLLING_BACK:
+                _check_phase(old, phase, claim)
             await conn.execute(_QUERIES["enter_phase"], {"id": claim.migration.id, "phase": phase.value})
 
     async def set_status(
@@ -80,6 +83,8 @@ class ClaimStore:
         async with self._pool.transaction() as conn:
             row = await _lock(conn, claim)
             check_status(Status(row["status"]), status)
+            if status is Status.ROLLING_BACK and row["phase"] == Phase.CLEANUP.value:
+                raise Conflict("the source is being cleaned: there is nothing to go back to")
             if status is Status.MONITORING and not row["switched"]:
                 raise Conflict("only the decision leads to monitoring", where=_where(claim))
             await conn.execute(
@@ -145,10 +150,25 @@ class ClaimStore:
     async def decide(
         self, claim: Claim, source: Place, target: Place, evidence: Mapping[str, object]
     ) -> None:
+        await self._decided(claim, self._record_decision, source, target, evidence)
+
+    async def decide_return(
+        self, claim: Claim, source: Place, target: Place, evidence: Mapping[str, object]
+    ) -> None:
+        await self._decided(claim, self._record_return, target, source, evidence)
+
+    async def _decided(
+        self,
+        claim: Claim,
+        record: Callable[[Connection, Claim, Place, Place, Mapping[str, object]], Awaitable[None]],
+        old: Place,
+        new: Place,
+        evidence: Mapping[str, object],
+    ) -> None:
         committing = False
         try:
             async with self._pool.transaction(self._decision_seconds) as conn:
-                await self._record_decision(conn, claim, source, target, evidence)
+                await record(conn, claim, old, new, evidence)
                 committing = True
         except ApplyConflict:  # the server's own word: a constraint of the routing table said no
             raise
@@ -162,6 +182,9 @@ class ClaimStore:
     async def is_switched(self, claim: Claim) -> bool:
         return bool((await self._owned("is_switched", claim))["switched"])
 
+    async def is_returned(self, claim: Claim) -> bool:
+        return bool((await self._owned("is_switched", claim))["returned"])
+
     async def _record_decision(
         self,
         conn: Connection,
@@ -174,17 +197,39 @@ class ClaimStore:
         if row["switched"]:
             return
         check_status(Status(row["status"]), Status.MONITORING)
-        cursor = await conn.execute(self._switch_route, self._route_change(claim, source, target))
-        if await cursor.fetchone() is None:
-            raise Conflict(
-                "the tenant's route is not the source of this migration any more",
-                where=_where(claim),
-                hint="Somebody changed the routing table by hand; nothing was switched.",
-            )
+        await self._change_route(conn, claim, source, target)
         await conn.execute(
             _QUERIES["record_decision"], {"id": claim.migration.id, "evidence": jsonb(dict(evidence))}
         )
         reach("cutover.deciding")
+
+    async def _record_return(
+        self,
+        conn: Connection,
+        claim: Claim,
+        target: Place,
+        source: Place,
+        evidence: Mapping[str, object],
+    ) -> None:
+        row = await _lock(conn, claim)
+        if row["returned"]:
+            return
+        if Status(row["status"]) is not Status.ROLLING_BACK or not row["switched"]:
+            raise Conflict("only a switched migration that is rolling back returns", where=_where(claim))
+        await self._change_route(conn, claim, target, source)
+        await conn.execute(
+            _QUERIES["record_return"], {"id": claim.migration.id, "evidence": jsonb(dict(evidence))}
+        )
+        reach("return.deciding")
+
+    async def _change_route(self, conn: Connection, claim: Claim, old: Place, new: Place) -> None:
+        cursor = await conn.execute(self._switch_route, self._route_change(claim, old, new))
+        if await cursor.fetchone() is None:
+            raise Conflict(
+                f"the tenant's route is not {old} any more",
+                where=_where(claim),
+                hint="Somebody changed the routing table by hand; nothing was switched.",
+            )
 
     def _route_change(self, claim: Claim, source: Place, target: Place) -> dict[str, object]:
         """The route's old and new values; a URL that the configuration yields anyway is not stored."""

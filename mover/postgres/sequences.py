@@ -1,5 +1,8 @@
 """Sequences of the moved schemas: the target's are set beyond every value the source has given out.
 
+Not just beyond: other tenants go on drawing from the source's, and what the tenant draws on the target comes
+to the source on the way back. So the target's begin a gap later, in which the others have room meanwhile.
+
 Implements cutover.ports.Sequences. A sequence is read as it stands (`last_value`, `is_called`): one that
 was set by `setval(…, false)` has given out everything before that value, though it was never called.
 """
@@ -22,8 +25,8 @@ from mover.postgres import owner
 from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
 
-# Room on a shared target for the values that the source gives out until the switch, of what is left.
-GAP = 10_000
+# How many values that is, and at most which part of what is left.
+GAP = 1_000_000
 GAP_SHARE = 100
 
 Connection = psycopg.AsyncConnection[Any]
@@ -46,10 +49,10 @@ class Position:
         """Whether it could give out a value that `other` has given out."""
         return self.next < other.next if other.increment > 0 else self.next > other.next
 
-    def ahead(self, gap: int) -> Position:
-        """The same, `gap` values later, or as many as there is room for."""
+    def ahead(self, part: int = 1) -> Position:
+        """The same, a gap later, or one `part`-th of it; a smaller one where there is little room."""
         room = abs(self.bound - self.last_value) // abs(self.increment) // GAP_SHARE
-        steps = self.increment * min(gap, room)
+        steps = self.increment * (min(GAP, room) // part)
         return Position(self.last_value + steps, self.is_called, self.increment, self.bound)
 
 
@@ -65,24 +68,24 @@ class PgSequences:
         self._connections: tuple[Connection, Connection] | None = None
 
     async def get_ready(self) -> None:
-        """Carries what there is so far; on a target with other tenants with a gap, so that nothing is locked
-        under the fence. What is read there is prepared by then."""
+        """Carries what there is so far, so that nothing is locked under the fence on a target with other
+        tenants. What is read there is prepared by then."""
         await self.close()
         source = await self._open.enter_async_context(self._source.connect("sequences"))
         target = await self._open.enter_async_context(
             self._target.connect("sequences", lock_timeout="200ms", synchronous_commit="on")
         )
         self._connections = source, target
-        await self._carry(GAP)
+        await self._carry()
 
     async def close(self) -> None:
         self._connections = None
         await self._open.aclose()
 
     async def carry_over(self) -> None:
-        await self._carry(0)
+        await self._carry()
 
-    async def _carry(self, gap: int) -> None:
+    async def _carry(self) -> None:
         if not self._shape.sequences:
             return
         if self._connections is None:
@@ -96,11 +99,12 @@ class PgSequences:
                 reading_held = tasks.create_task(_positions(target, {s: s.target for s in names}))
             given, held = reading_given.result(), reading_held.result()
             if self._shape.fresh:
-                await self._set_all(target, {s: p for s, p in given.items() if held[s] != p})
+                wanted = {s: p.ahead() for s, p in given.items()}
+                await self._set_all(target, {s: p for s, p in wanted.items() if held[s] != p})
                 return
             for sequence, position in given.items():
-                if held[sequence].is_behind(position.ahead(gap // 2)):
-                    await self._raise_shared(target, sequence.target, position.ahead(gap))
+                if held[sequence].is_behind(position.ahead(2)):
+                    await self._raise_shared(target, sequence.target, position.ahead())
 
     async def _set_all(self, conn: Connection, positions: Positions) -> None:
         """On a target that only we write to. The owner's row first: a setval cannot be taken back."""

@@ -7,7 +7,13 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequen
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from mover.core.alignment import Difference, check_keys, judge_differences, operator_needed
+from mover.core.alignment import (
+    Difference,
+    check_keys,
+    check_return,
+    judge_differences,
+    operator_needed,
+)
 from mover.core.crash import reach
 from mover.core.errors import DanglingReferences, NotReady, PlanOutdated, TableUnfit, Unreachable, Where
 from mover.core.facts import Facts, ForeignKey, Tenancy
@@ -15,7 +21,7 @@ from mover.core.ids import Capture, Side, TableRef, TenantId
 from mover.core.migration import Place
 from mover.core.ownership import holdings_in
 from mover.core.tables import Holding, MovedTable, Plan, Shape
-from mover.engine.preflight import judge, judge_again, judge_references
+from mover.engine.preflight import judge, judge_again, judge_back, judge_references
 from mover.engine.site import Aligned, Kept, Link, Say, Stream
 from mover.postgres import agent, align, capture, catalog, clone, identity, publication, remarks
 from mover.postgres.align import Look
@@ -64,14 +70,26 @@ class PgSite:
     def __post_init__(self) -> None:
         self.source = self._database(self.source_place, "source")
         self.target = self._database(self.target_place, "target")
-        self.source_fence = self._fence(self.source, self.source_place)
-        self.target_fence = self._fence(self.target, self.target_place)
+        self.source_fence = self._fence(self.source, self.source_place, self.identity)
+        # What is written down there is for the way back.
+        self.target_fence = self._fence(self.target, self.target_place, replace(self.identity, is_back=True))
 
     def _database(self, place: Place, label: str) -> Database:
         return Database(place.url, label, self.identity, self.connections, self.kept)
 
-    def _fence(self, database: Database, place: Place) -> PgFence:
-        return PgFence(database, self.tenant, place.vertical, self.identity, self.budget_s)
+    def _fence(self, database: Database, place: Place, identity: Identity) -> PgFence:
+        return PgFence(database, self.tenant, place.vertical, identity, self.budget_s)
+
+    def back(self) -> PgSite:
+        back = replace(
+            self,
+            identity=replace(self.identity, is_back=True),
+            source_place=self.target_place,
+            target_place=self.source_place,
+        )
+        back.source, back.target = self.target, self.source
+        back.source_fence, back.target_fence = self.target_fence, self.source_fence
+        return back
 
     def rest(self) -> None:
         self.source.end_idle()
@@ -136,6 +154,13 @@ class PgSite:
         if self._to_follow(look, shape, is_built=True) or self._planned_again(look, shape) != shape:
             raise PlanOutdated("the source's schemas have changed since the migration was planned")
 
+    async def plan_back(self, shape: Shape, capture: Capture | None) -> Plan:
+        back = self.back()
+        schemas = {there: here for here, there in shape.schemas.items()}
+        look = await align.look(back.source, back.target, schemas, self.tenancy, self.tenant)
+        check_return(look.differences, self.tenant)
+        return judge_back(replace(look.facts, capture=self.capture), shape, capture)
+
     async def check_references(self, shape: Shape, say: Say) -> None:
         facts = (await self._look(shape)).facts
         await self._judge_references(await gather_references(self.source, facts), say)
@@ -197,7 +222,7 @@ class PgSite:
         if shape.capture is Capture.TRIGGER:
             return  # the triggers know what they write down
         needs = [IdentityNeed(t.source, t.identity, t.key) for t in shape.tables]
-        await identity.ensure_identities(self.source, self.identity.migration, needs, say)
+        await identity.ensure_identities(self.source, self.identity.stream, needs, say)
 
     async def guard(self, shape: Shape, say: Say) -> None:
         await self.target_fence.install(_holdings(shape, Side.TARGET), "closed", say)
@@ -205,19 +230,31 @@ class PgSite:
         captures = shape.capture is Capture.TRIGGER
         await self.source_fence.install(_holdings(shape, Side.SOURCE), "open", say, captures=captures)
 
+    async def guard_departure(self, shape: Shape, say: Say) -> None:
+        captures = shape.capture is Capture.TRIGGER
+        await self.source_fence.install(_holdings(shape, Side.SOURCE), "closed", say, captures=captures)
+
     async def reserve_sequences(self, shape: Shape) -> None:
         async with self.sequences(shape) as sequences:
             await sequences.get_ready()
 
     async def publish(self, shape: Shape, say: Say) -> None:
-        migration = self.identity.migration
+        stream = self.identity.stream
         if shape.capture is Capture.TRIGGER:
             return  # the guards write it down
-        await publication.create_publication(self.source, migration, shape.tables, self.tenant, say)
+        await publication.create_publication(self.source, stream, shape.tables, self.tenant, say)
         reach("stream.published")
-        start = await publication.create_slot(self.source, migration, say)
+        start = await publication.create_slot(self.source, stream, say)
         reach("stream.slot")
-        await publication.store_start(self.target, self.identity, start)
+        if not self.identity.is_back:  # which begins later, see `begin_here`
+            await publication.store_start(self.target, self.identity, start)
+
+    async def skip_ahead(self, shape: Shape) -> None:
+        if shape.capture is Capture.WAL:
+            await publication.skip_ahead(self.source, self.identity.stream)
+
+    async def begin_here(self) -> None:
+        await publication.begin_here(self.source, self.target, self.identity)
 
     def sequences(self, shape: Shape) -> AbstractAsyncContextManager[PgSequences]:
         return _opened(PgSequences(self.source, self.target, shape, self.identity))
@@ -244,23 +281,23 @@ class PgSite:
             async with PgChangeLog.open(self.source, points, shape, self.tenant, self.identity) as log:
                 yield log
         else:
-            name = publication.name_of(self.identity.migration)
+            name = publication.name_of(self.identity.stream)
             yield Stream(WalStream(self.source, name, name), points)
 
     async def kept_for_us(self) -> Kept:
-        migration = self.identity.migration
+        stream = self.identity.stream
         async with self.source.borrow("kept") as conn:
-            slot = await publication.retained_bytes(conn, migration)
-            return Kept(*(slot or (0, "")), log_bytes=await capture.log_bytes(conn, migration))
+            slot = await publication.retained_bytes(conn, stream)
+            return Kept(*(slot or (0, "")), log_bytes=await capture.log_bytes(conn, stream))
 
     async def stop_stream(self, shape: Shape, say: Say) -> None:
         if shape.capture is Capture.TRIGGER:
-            return await self.source_fence.stop_capturing()
-        await publication.drop_slot(self.source, self.identity.migration)
-        await publication.drop_publication(self.source, self.identity.migration, say)
+            return await self.source_fence.stop_capturing(_holdings(shape, Side.SOURCE))
+        await publication.drop_slot(self.source, self.identity.stream)
+        await publication.drop_publication(self.source, self.identity.stream, say)
 
     async def restore_identity(self, shape: Shape, say: Say) -> None:
-        await identity.release_identities(self.source, self.identity.migration, say)
+        await identity.release_identities(self.source, self.identity.stream, say)
 
     async def keep_target(self, shape: Shape) -> None:
         if shape.fresh:

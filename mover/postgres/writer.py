@@ -70,7 +70,7 @@ class Writer:
 
     async def progress(self) -> tuple[Lsn, Snapshot | None]:
         with translate(self._database.label):
-            cursor = await self._conn.execute(_READ_PROGRESS, (self._identity.migration,))
+            cursor = await self._conn.execute(_READ_PROGRESS, (self._identity.stream,))
             row = await cursor.fetchone()
         if row is None:
             return Lsn(0), None

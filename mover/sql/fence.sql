@@ -10,6 +10,8 @@
 -- Makes the guard functions; may be repeated. Locks nothing of the application's.
 CREATE SEQUENCE IF NOT EXISTS mover.{state_sequence} MINVALUE 1 MAXVALUE 4 NO CYCLE;
 CREATE SEQUENCE IF NOT EXISTS mover.{refused_sequence};
+-- NULL until the place is opened: only from then on does anybody follow what is written there.
+CREATE SEQUENCE IF NOT EXISTS mover.{opened_sequence};
 -- Set to 2 before an owner of rows comes from another tenant; NULL until then.
 CREATE SEQUENCE IF NOT EXISTS mover.{owners_sequence} MINVALUE 1 MAXVALUE 2 NO CYCLE;
 -- The same of an owner that is owned itself, and is given another one.
@@ -225,7 +227,9 @@ GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}, boolean) TO PUBLI
         -- Somebody else holds the owner, or it is still to be made. That is not waited for: two who wait in
         -- different orders would never end. It may become the tenant's before we end, and is treated so as long
         -- as anybody follows his writes; the guard asks again behind the fence.
-        IF {is_followed} AND pg_sequence_last_value('mover.{state_sequence}') <> 4 THEN
+        IF pg_sequence_last_value('mover.{opened_sequence}') IS NOT NULL
+           AND pg_sequence_last_value('mover.{state_sequence}') <> 4
+        THEN
             is_ours := coming AND {refers} OR EXISTS (SELECT FROM mover.{owner_view} WHERE {chosen});
         ELSE
             SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen};
@@ -416,14 +420,17 @@ DROP FUNCTION IF EXISTS mover.{truncate_function}();
 DROP FUNCTION IF EXISTS mover.{wait_function}();
 DROP SEQUENCE IF EXISTS mover.{state_sequence};
 DROP SEQUENCE IF EXISTS mover.{refused_sequence};
+DROP SEQUENCE IF EXISTS mover.{opened_sequence};
 DROP SEQUENCE IF EXISTS mover.{owners_sequence};
 DROP SEQUENCE IF EXISTS mover.{parents_sequence};
 
 -- name: record
 -- Under the owner's row. The place's row, in the state that this migration begins with; taken over from
 -- an earlier migration, whose tombstone is remembered in case the tenant does not come back after all.
--- Repeatable: this migration's own state stays, and the sequence is set to it.
-WITH recorded AS (
+-- Repeatable: this migration's own state stays, and the sequences are set to it.
+WITH known AS (
+    SELECT 1 FROM mover.fence WHERE name = %(name)s AND migration = %(migration)s
+), recorded AS (
     INSERT INTO mover.fence AS f (name, tenant, vertical, state, epoch, migration)
     VALUES (%(name)s, %(tenant)s, %(vertical)s, %(state)s, %(epoch)s, %(migration)s)
     ON CONFLICT (name) DO UPDATE
@@ -433,7 +440,9 @@ WITH recorded AS (
            epoch = excluded.epoch, migration = excluded.migration
     RETURNING state
 )
-SELECT setval(%(sequence)s::regclass, array_position('{open,closed,aborted,moved}'::text[], state))
+SELECT CASE WHEN state = 'open' OR NOT EXISTS (SELECT FROM known)
+            THEN setval(%(opened)s::regclass, 1, state = 'open') END,
+       setval(%(sequence)s::regclass, array_position('{open,closed,aborted,moved}'::text[], state))
   FROM recorded
 
 -- name: transition
@@ -451,7 +460,8 @@ WITH own AS (
      WHERE f.name = %(name)s AND f.migration = %(migration)s AND f.state = ANY (%(old)s)
     RETURNING 1
 )
-SELECT setval(%(sequence)s::regclass, array_position('{open,closed,aborted,moved}'::text[], %(new)s)),
+SELECT CASE WHEN %(new)s = 'open' THEN setval(%(opened)s::regclass, 1) END,
+       setval(%(sequence)s::regclass, array_position('{open,closed,aborted,moved}'::text[], %(new)s)),
        CASE WHEN %(mark)s <> '' THEN pg_logical_emit_message(true, 'mover.mark', %(mark)s) END,
        CASE WHEN %(new)s <> 'closed' THEN (SELECT true FROM pg_advisory_unlock_all()) END
   FROM changed

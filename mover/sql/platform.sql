@@ -16,12 +16,12 @@ with due as (
     select m.id as due_id
       from platform.tenant_migrations m
      where (m.status in ('queued', 'in_progress', 'monitoring', 'rolling_back')
-            or m.status = 'completed' and m.tombstone_check_at <= now())
+            or m.status in ('completed', 'rolled_back') and m.tombstone_check_at <= now())
        and (m.status <> 'queued' or m.scheduled_at is null or m.scheduled_at <= now())
        and (m.lease_until is null or m.lease_until <= now())
        and (m.not_before is null or m.not_before <= now())
-       and (not %(settling_only)s
-            or m.phase = 'cutover' and m.status in ('in_progress', 'rolling_back'))
+       and case when m.status = 'monitoring' then %(watches)s
+                else %(moves)s or m.phase = 'cutover' and m.status in ('in_progress', 'rolling_back') end
      order by coalesce(m.phase = 'cutover' and m.status in ('in_progress', 'rolling_back'), false) desc,
               m.priority desc, m.created_at, m.id
      limit 1
@@ -58,16 +58,17 @@ returning id
 
 -- name: lock_claim
 -- FOR UPDATE until commit: the epoch cannot rise, nor the status change, beside what follows. Repeatable.
-select status, phase, switched_at is not null as switched, tenant_id
+select status, phase, switched_at is not null as switched, rolled_back_at is not null as returned, tenant_id
   from platform.tenant_migrations
  where id = %(id)s and epoch = %(epoch)s
    for update
 
 -- name: enter_phase
--- Runs under lock_claim. Sets a value, so it may be repeated. A phase that goes on has no error; what is
--- being undone keeps the reason.
+-- Runs under lock_claim. Sets values, so it may be repeated. A phase that goes on has no error; what is
+-- being undone keeps the reason. No wish is heard any more once the source is being cleaned.
 update platform.tenant_migrations
    set phase = %(phase)s,
+       wish = case when %(phase)s <> 'cleanup' then wish end,
        error = case when status = 'rolling_back' then error end
  where id = %(id)s
 
@@ -207,9 +208,16 @@ update platform.tenant_migrations
        evidence = %(evidence)s
  where id = %(id)s
 
+-- name: record_return
+-- Runs under lock_claim, in switch_route's transaction.
+update platform.tenant_migrations
+   set rolled_back_at = now(), error = null,
+       evidence = coalesce(evidence, '{}') || jsonb_build_object('return', %(evidence)s::jsonb)
+ where id = %(id)s
+
 -- name: is_switched
 -- FOR SHARE on the migration's row: an older owner's decision has either committed or never will.
-select switched_at is not null as switched
+select switched_at is not null as switched, rolled_back_at is not null as returned
   from platform.tenant_migrations where id = %(id)s and epoch = %(epoch)s for share
 
 -- name: submit
@@ -267,6 +275,12 @@ select {columns} from platform.tenant_migrations where id = %(id)s for update
 -- Runs under lock_migration. Sets values, so it may be repeated. A migration that waits for its next try,
 -- or was halted, is claimed at once, to hear the wish.
 update platform.tenant_migrations set wish = %(wish)s, not_before = null where id = %(id)s
+
+-- name: has_way_back
+-- Reads only. False where it was found to be impossible before the switch.
+select not exists (select from jsonb_array_elements(notes -> 'way_back' -> 'findings') as f
+                    where not (f ->> 'warning')::boolean) as possible
+  from platform.tenant_migrations where id = %(id)s
 
 -- name: try_now
 -- Runs under lock_migration. No row when the migration does not wait for a later try. Repeatable.

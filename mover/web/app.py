@@ -97,7 +97,7 @@ class Api:
             Route("POST", f"{one}/pause", "pause", operator, self.pause),
             Route("POST", f"{one}/resume", "resume", operator, self.resume),
             Route("POST", f"{one}/cancel", "cancel", operator, self.cancel),
-            Route("POST", f"{one}/rollback", "rollback", operator, self.not_yet),
+            Route("POST", f"{one}/rollback", "rollback", operator, self.rollback),
             Route("POST", f"{one}/approve", "approve", admin, self.not_yet),
             Route("GET", "/api/openapi.json", "openapi", viewer, self.not_yet),
         )
@@ -151,6 +151,10 @@ class Api:
 
     async def cancel(self, call: Call) -> web.StreamResponse:
         await self._desk.wish(call.migration_id, Wish.CANCEL, call.caller.name)
+        return _success()
+
+    async def rollback(self, call: Call) -> web.StreamResponse:
+        await self._desk.wish(call.migration_id, Wish.ROLLBACK, call.caller.name)
         return _success()
 
     async def resume(self, call: Call) -> web.StreamResponse:

@@ -225,7 +225,7 @@ async def test_rows_to_which_another_tenants_came_to_refer_are_not_removed(pg16,
     core = scene.homes[CORE]
     ((_, folder),) = core.execute(A_DOCUMENT, scene.tenant)
     ((document, theirs),) = core.execute(A_DOCUMENT, scene.tenants[1].id)
-    async with scene.frozen_at("monitor.begun") as (watch, stage, workload):
+    async with scene.frozen_at("monitor.done") as (watch, stage, workload):  # nothing flows back any more
         await watch.until_row(lambda row: row["switched_at"] is not None)
         with psycopg.connect(core.url) as conn:  # as only the mover may
             conn.execute(f"set mover.tenant = '{scene.tenant}'")

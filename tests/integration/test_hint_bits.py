@@ -204,6 +204,7 @@ async def verifying(r: Rig) -> AsyncIterator[Verification]:
             on_rows=lambda rows: None,
             on_mismatch=lambda rows: None,
             check_schemas=unchanged,
+            hint="",
         )
 
 

@@ -70,26 +70,28 @@ def next_values(url: str, schema: str) -> dict[str, int]:
     return {name: execute(url, f"SELECT nextval('{schema}.{name}')")[0][0] for name in NAMES}
 
 
-async def test_a_fresh_target_goes_on_exactly_where_the_source_stands(pair):
+async def test_a_fresh_target_goes_on_a_gap_beyond_where_the_source_stands(pair):
     async with carrying(pair, fresh=True) as sequences:
         await sequences.get_ready()
         execute(pair.source, "SELECT nextval('core.up')")
         await sequences.carry_over()
         await sequences.carry_over()
-        target = next_values(pair.target, "estate")
-        assert target == next_values(pair.source, "core")
-        assert target["unused"] == 1000 and target["handed_over"] == 5000 and target["down"] == -36
+        target, source = next_values(pair.target, "estate"), next_values(pair.source, "core")
+        assert target["unused"] == 1000 + GAP and target["handed_over"] == 5000 + GAP
+        assert target["down"] == -36 - 5 * GAP and target["small"] == source["small"] + (32_767 - 7) // 100
+        for name in ("up", "item_id_seq", "cached"):
+            assert target[name] == source[name] + GAP, name
 
 
 async def test_a_shared_target_is_ahead_of_the_source_and_never_goes_back(pair):
     async with carrying(pair, fresh=False) as sequences:
         use(pair.target, "estate")
-        execute(pair.target, "SELECT setval('estate.up', 1000000), setval('estate.down', -1000000)")
+        execute(pair.target, "SELECT setval('estate.up', 9000000), setval('estate.down', -9000000)")
         await sequences.get_ready()
         execute(pair.source, "SELECT nextval('core.item_id_seq') FROM generate_series(1, 20)")
         await sequences.carry_over()
         target, source = next_values(pair.target, "estate"), next_values(pair.source, "core")
-        assert target["up"] == 1_000_001 and target["down"] == -1_000_005
+        assert target["up"] == 9_000_001 and target["down"] == -9_000_005
         assert target["item_id_seq"] > source["item_id_seq"] + GAP // 2
         for name in NAMES:
             assert target[name] <= source[name] if name == "down" else target[name] >= source[name], name
@@ -108,7 +110,7 @@ async def test_what_the_gap_does_not_cover_is_carried_under_the_fence(pair):
         execute(pair.source, f"SELECT setval('core.up', {100 * GAP}), setval('core.down', {-100 * GAP})")
         await sequences.carry_over()
         target = next_values(pair.target, "estate")
-        assert target["up"] == 100 * GAP + 1 and target["down"] == -100 * GAP - 5
+        assert target["up"] == 101 * GAP + 1 and target["down"] == -105 * GAP - 5
 
 
 async def test_other_tenants_of_the_target_get_no_value_twice(pair):

@@ -50,7 +50,7 @@ LEASE_S = 2.0
 # Long enough to look at the source before it is cleaned.
 MONITORING_S = 1.5
 POLL_S = 0.02
-ENDED = frozenset({"completed", "failed", "cancelled"})
+ENDED = frozenset({"completed", "failed", "cancelled", "rolled_back"})
 
 
 class TimedLedger(Ledger):

@@ -71,6 +71,7 @@ class Cluster:
     mark: int | None = None  # how many rows stand before the mark
     verified: bool = False
     sequences_carried: bool = False
+    gate: int | None = None  # how many of the target's rows do not flow back
     writes: int = 0
     forgetful: bool = False  # the platform lost the decision in a failover
     holder: int | None = None  # the owner whose session holds the source's writers
@@ -93,6 +94,7 @@ class Cluster:
         assert self.source.gate == self.source.row == "closed"
         assert self.target.rows[: len(self.source.rows)] == self.source.rows
         assert self.verified and self.sequences_carried
+        assert self.gate == len(self.source.rows)
 
     def check_settled(self) -> None:
         """Nobody works on it any more: one side serves the tenant, with every acknowledged write."""
@@ -158,6 +160,7 @@ class FakeFence:
             cluster.holder = self.owner.epoch
             if not torn:
                 cluster.mark, cluster.verified, cluster.sequences_carried = len(self.place.rows), False, False
+                cluster.gate = None
 
         await self.owner.act(work)
         return "mark"
@@ -214,7 +217,7 @@ class WrongState(MoverError):
 
 @dataclass
 class FakeWork:
-    """Drain, proof, sequences, decision and cache in one."""
+    """Drain, proof, sequences, gate, decision and cache in one."""
 
     owner: Owner
     differs: bool = False
@@ -253,6 +256,13 @@ class FakeWork:
             self.owner.cluster.sequences_carried = True
 
         await self.owner.act(work, lost=LockNotAvailable)
+
+    async def set(self) -> None:
+        def work(torn: bool) -> None:
+            self._hold(self.owner.cluster.target)
+            self.owner.cluster.gate = len(self.owner.cluster.target.rows)
+
+        await self.owner.act(work)
 
     async def switch(self, evidence: Mapping[str, object]) -> None:
         cluster = self.owner.cluster
@@ -294,6 +304,7 @@ def world_of(owner: Owner, differs: bool = False) -> World:
         drain=work,
         proof=work,
         sequences=work,
+        gate=work,
         decision=work,
         cache=work,
         clock=InstantClock(),
@@ -374,7 +385,7 @@ def single_faults(calls: int) -> Iterator[dict[int, Fault]]:
         yield {number: fault}
 
 
-CUT_OVER_CALLS, RECOVER_CALLS = 13, 7
+CUT_OVER_CALLS, RECOVER_CALLS = 14, 7
 
 
 async def test_an_undisturbed_cutover_switches():

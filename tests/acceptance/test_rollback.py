@@ -1,0 +1,124 @@
+"""The way back: after the switch the source follows the target, and a rollback loses nothing."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from mover.core.migration import Wish
+from mover.demo.schema import schemas
+from tests.support.acceptance import CORE, ESTATE, Scene, at, clean, killed
+from tests.support.checks import assert_tenant_equal, leftovers
+from tests.support.waiting import until
+
+LONG_WINDOW = dict.fromkeys(("schema", "database", "dedicated", "downgrade"), 1.0)  # hours
+ROUND_TRIPS = 2
+# In the order in which a return passes through them, each in a daemon of its own.
+RETURNING = (
+    "follow.applied",
+    "return.switch.begun",
+    "cutover.closed",
+    "recovery.aborted",
+    "cutover.proved",
+    "return.deciding",
+    "cutover.decided",
+    "cutover.opened",
+    "return.switch.done",
+    "undo.stream.begun",
+    "undo.source_guards.done",
+    "forgotten.source",
+)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["fresh", "shared"])
+async def test_a_tenant_comes_back_with_what_was_written_meanwhile(pg16, pg18, make_scene, shared, capture):
+    """And goes again: nothing is left that would be in the way."""
+    scene = make_scene(pg16, pg18, shared=shared, capture=capture)
+    async with scene.daemon(monitoring_hours=LONG_WINDOW, abandoned_hours=0) as stage:
+        for _ in range(ROUND_TRIPS):
+            watch = scene.watch()
+            async with scene.writing() as workload:
+                await watch.submit(stage)
+                await watch.until("monitoring")
+                await until_written(workload, 200)
+                assert scene.route() == ESTATE
+                assert (await stage.run("rollback", watch.id))[0] == 0
+                await watch.until("rolled_back")
+                assert scene.route() == CORE
+                await until_written(workload, 100)
+            clean(workload.report())
+            await until(lambda watch=watch: leftovers(watch.target.url) == [])
+            watch.check_undone("rolled_back")
+            watch.close()
+
+
+async def test_the_source_of_a_watched_tenant_is_a_live_copy(pg16, pg18, make_scene, capture):
+    scene = make_scene(pg16, pg18, capture=capture)
+    watch = scene.watch()
+    async with scene.daemon(monitoring_hours=LONG_WINDOW) as stage:
+        async with scene.writing() as workload:
+            await watch.submit(stage)
+            await watch.until("monitoring")
+            await until_written(workload, 100)
+        clean(workload.report())
+        await until(lambda: are_equal(scene))
+        assert watch._read()["status"] == "monitoring"
+
+
+async def test_a_return_survives_kill_9(pg16, pg18, make_scene, capture):
+    scene = make_scene(pg16, pg18, shared=True, capture=capture)
+    watch = scene.watch()
+    stage = scene.stage(monitoring_hours=LONG_WINDOW, abandoned_hours=0, lease_seconds=1)
+    async with scene.writing() as workload, killed(stage):
+        await stage.start()
+        await watch.submit(stage)
+        await watch.until("monitoring")
+        assert (await stage.run("rollback", watch.id))[0] == 0
+        await stage.kill()
+        for point in RETURNING:
+            await stage.launch(**at(point))
+            assert await stage.wait() == -signal.SIGKILL, point
+        await stage.start()
+        await watch.until("rolled_back")
+        await until_written(workload, 50)
+    clean(workload.report())
+    async with scene.daemon("last", abandoned_hours=0):
+        await until(lambda: leftovers(watch.target.url) == [])
+    watch.check_undone("rolled_back")
+
+
+async def test_before_the_switch_a_rollback_is_a_cancellation(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    async with scene.frozen_at("back.stream.done") as (watch, stage, workload):
+        await scene.wish(watch, Wish.ROLLBACK)
+        stage.send_signal(signal.SIGCONT)
+        await watch.until("rolled_back")
+    clean(workload.report())
+    watch.check_undone("rolled_back")
+
+
+async def test_a_source_that_is_being_cleaned_is_nothing_to_come_back_to(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    async with scene.frozen_at("cleanup.begun") as (watch, stage, workload):
+        stage.send_signal(signal.SIGCONT)
+        await watch.until("completed")
+        code, text = await stage.run("rollback", watch.id)
+        assert (code, "new migration" in text) == (1, True)
+    clean(workload.report())
+    watch.check_completed()
+
+
+async def until_written(workload, count: int) -> None:
+    before = workload.transactions
+    await until(lambda: workload.transactions > before + count)
+
+
+def are_equal(scene: Scene) -> bool:
+    core, estate = scene.homes[CORE], scene.homes[ESTATE]
+    names = {service: schemas(ESTATE)[service] for service in schemas(CORE)}
+    there = {(schema, table): (names[schema.rpartition("_")[2]], table) for schema, table in core.tables}
+    try:
+        return assert_tenant_equal(core.url, estate.url, there, scene.tenant) > 0
+    except AssertionError:
+        return False
