@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -251,18 +251,18 @@ class ConsistentPoint(Protocol):
         names: Sequence[str],
         values: Collection[Key],
         copied: CopiedRanges,
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes]:
         """The tenant's rows in the copied ranges that have one of `values` in the columns `names`, as the
-        snapshot sees them: COPY text of the copied columns."""
+        snapshot sees them: COPY text of the copied columns. To be closed by whoever stops in the middle."""
         ...
 
 
 class Positions(Protocol):
     """Places in the source's WAL."""
 
-    async def mark(self) -> str:
-        """Write a mark behind everything that has committed so far, all of which is durable then; the
-        stream reaches it."""
+    async def mark(self, token: str) -> None:
+        """Write a mark (core.ids.new_mark) behind everything that has committed so far, all of which is
+        durable then; the stream reaches it."""
         ...
 
     async def wal_lsn(self) -> Lsn:
@@ -298,17 +298,17 @@ class ChangesSince(Protocol):
         """Before everything else."""
         ...
 
-    @property
-    def rehomed(self) -> Values:
-        """Rows that refer to these may have come to the tenant or left, without a change of their own."""
+    def rehomed(self) -> AsyncGenerator[Values]:
+        """Rows that refer to these may have come to the tenant or left, without a change of their own. In
+        pieces that memory holds, between which the point may be asked other things; may be asked again."""
         ...
 
-    def rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[Seen]]:
+    def rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncGenerator[list[Seen]]:
         """Every row that has changed and may be in the copied ranges, once, as the point sees it. May be
-        asked again."""
+        asked again; nothing else is asked of the point meanwhile. Whoever stops in the middle closes it."""
         ...
 
-    def whole_rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[RowChange]]:
+    def whole_rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncGenerator[list[RowChange]]:
         """The net changes of tables without a key, unless they are among those `truncated`; may be asked
         again."""
         ...

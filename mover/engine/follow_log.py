@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from mover.core.crash import reach
 from mover.core.errors import broken_off
-from mover.core.ids import Lsn
+from mover.core.ids import Lsn, new_mark
 from mover.core.migration import Progress
 from mover.core.snapshot import Snapshot
 from mover.ports import ApplyTarget, ChangeLog, ConsistentPoint, LoggedPoint
@@ -116,7 +116,7 @@ class LogFollower:
                 self._snapshot, self._reached = point.snapshot, reached
                 return
         # What the source may lose in a crash must not be on the target.
-        await self.log.mark()
+        await self.log.mark(new_mark())
         self._in_doubt = True
         async with self.target.transaction() as transaction:
             if self._snapshot is not None:

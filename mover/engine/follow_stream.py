@@ -14,11 +14,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 from mover.core.changes import Change, Piece, kinds
 from mover.core.crash import reach
 from mover.core.errors import broken_off
-from mover.core.ids import Lsn
+from mover.core.ids import Lsn, new_mark
 from mover.core.migration import Progress
 from mover.core.snapshot import Snapshot
 from mover.ports import ApplyTarget, ApplyTransaction, ChangeSource, ChangeStream, ConsistentPoint
@@ -51,7 +52,7 @@ class StreamFollower:
     _snapshot: Snapshot | None = None
     _snapshot_until: Lsn | None = None  # all that the snapshot sees stands before this
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _awaited: dict[str, asyncio.Future[None]] = field(default_factory=dict)
+    _awaited: dict[str, list[asyncio.Future[None]]] = field(default_factory=dict)
     _seen: deque[str] = field(default_factory=lambda: deque(maxlen=SEEN_MARKS))
     _ended: Exception | None = None
     _idle_confirmed_at: float = 0.0
@@ -93,11 +94,23 @@ class StreamFollower:
         if mark in self._seen:
             return
         self._must_go_on()
-        await self._awaited.setdefault(mark, asyncio.get_running_loop().create_future())
+        await self._passing(mark)
 
     async def catch_up_once(self) -> None:
         """Until everything that has committed by now is applied."""
-        await self.reached(await self.source.mark())
+        self._must_go_on()
+        mark = new_mark()
+        passed = self._passing(mark)
+        await self.source.mark(mark)
+        await passed
+
+    def _passing(self, mark: str) -> asyncio.Future[None]:
+        """Done when the mark has passed. To be asked for before it is made: in a busy database so many others
+        may stand behind ours that `_seen` has forgotten it when we hear that it stands."""
+        passed = asyncio.get_running_loop().create_future()
+        passed.add_done_callback(_is_known)
+        self._awaited.setdefault(mark, []).append(passed)
+        return passed
 
     async def lag_bytes(self) -> int:
         """How far the target is behind the end of the source's WAL."""
@@ -175,10 +188,9 @@ class StreamFollower:
 
     async def _drain_backlog(self) -> None:
         """In ordinary batches first, so that little is left for the transaction that makes the point."""
-        mark = await self.source.mark()
-        # Not by `_seen`: in a busy database so many others may stand behind ours that it is forgotten again.
-        passed = self._awaited.setdefault(mark, asyncio.get_running_loop().create_future())
-        passed.add_done_callback(_is_known)
+        mark = new_mark()
+        passed = self._passing(mark)
+        await self.source.mark(mark)
         while not passed.done():
             await self.stream.wait()
             await self._apply_batch()
@@ -188,7 +200,8 @@ class StreamFollower:
         point = await self._point_that_sees_all(lifetime)
         # A transaction is visible only after its commit record is in the WAL, so everything that the
         # snapshot sees stands before the mark.
-        mark = await self.source.mark()
+        mark = new_mark()
+        await self.source.mark(mark)
         with self._or_end():
             deferred = await self._apply_visible(point, mark)
         yield point
@@ -289,9 +302,9 @@ class StreamFollower:
         self._confirm()
         for mark in marks:
             self._seen.append(mark)
-            awaited = self._awaited.pop(mark, None)
-            if awaited is not None and not awaited.done():
-                awaited.set_result(None)
+            for awaited in self._awaited.pop(mark, ()):
+                if not awaited.done():
+                    awaited.set_result(None)
 
     async def _confirm_idle(self) -> None:
         """Nothing for us, but others write: move the slot on, the target's progress first."""
@@ -322,7 +335,7 @@ class StreamFollower:
     def _end(self, error: BaseException) -> None:
         """Whoever waits for a mark learns that it will not come."""
         self._ended = broken_off(error)
-        for awaited in self._awaited.values():
+        for awaited in chain.from_iterable(self._awaited.values()):
             if isinstance(error, Exception) and not awaited.done():
                 awaited.set_exception(error)
             else:

@@ -19,6 +19,7 @@ from mover.core.errors import (
     DamageAfterSwitch,
     MoverError,
     OutcomeUnknown,
+    PlanOutdated,
     Refused,
     Remedy,
     ServerChanged,
@@ -126,6 +127,7 @@ class Move:
         if plan is not None:
             await self.journal.say("undoing: removing everything this migration made")
             if has_returned:
+                await self.journal.step("return.target_ownership", self.site.own_target)
                 await self.way_back.remove("return")
             await self._clear_source(plan.shape)
             if not has_returned:
@@ -431,6 +433,10 @@ class Move:
         await self.store.begin_step(self.claim, "cutover.complete_comparison")
         try:
             verdict = await verification.complete()
+        except PlanOutdated as error:
+            await self.store.end_step(self.claim, "cutover.complete_comparison", detail=str(error), ok=False)
+            await self.journal.say(f"not compared completely after the switch: {error}", "warning")
+            return
         except VerificationFailed as error:
             await self.store.end_step(self.claim, "cutover.complete_comparison", detail=str(error), ok=False)
             self.progress.evidence["mismatches"] = list(error.evidence)

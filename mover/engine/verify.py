@@ -70,9 +70,9 @@ class Verification:
                 self.source_readers.at_snapshot(self.tenant, point.snapshot_id)
             )
             if dirty is None:
-                self._must_be_equal(await compare(self.tables, source, target, progress=self.on_rows))
+                await self._must_be_equal(await compare(self.tables, source, target, progress=self.on_rows))
             else:
-                self._must_be_equal(await compare_keys(self._by_table(dirty), source, target))
+                await self._must_be_equal(await compare_keys(self._by_table(dirty), source, target))
             self.passes += 1
 
     async def get_ready(self) -> None:
@@ -90,17 +90,18 @@ class Verification:
                 target = tasks.create_task(self._enter(self.target_readers), name="target snapshot")
         self._final_readers = source.result(), target.result()
         quick = {table: keys for table, keys in self._by_table(dirty).items() if table.is_quickly_compared}
-        self._must_be_equal(await compare_keys(quick, *self._final_readers))
+        await self._must_be_equal(await compare_keys(quick, *self._final_readers))
         return {"rows_under_fence": _count(dirty), "passes": self.passes}
 
     async def complete(self) -> Verdict:
-        """Every row, in the snapshots taken under the fence. Raises VerificationFailed."""
+        """Every row, in the snapshots taken under the fence. Raises VerificationFailed; or what
+        `check_schemas` raises, where that is why the rows differ."""
         assert self._final_readers is not None
         try:
             verdict = await compare(self.tables, *self._final_readers, progress=self.on_rows)
         finally:
             await self.close()
-        self._must_be_equal(verdict)
+        await self._must_be_equal(verdict)
         return verdict
 
     async def close(self) -> None:
@@ -114,9 +115,10 @@ class Verification:
     def _by_table(self, dirty: Dirty) -> dict[MovedTable, frozenset[Key]]:
         return {table: dirty[table.source] for table in self.tables if dirty.get(table.source)}
 
-    def _must_be_equal(self, verdict: Verdict) -> None:
+    async def _must_be_equal(self, verdict: Verdict) -> None:
         differing = [t.mismatch for t in verdict.tables if t.mismatch is not None]
         if differing:
+            await self.check_schemas()  # a table that was emptied meanwhile is empty in every snapshot
             self.on_mismatch(sum(keys.count for m in differing for keys in m.keys.by_kind().values()))
             error = VerificationFailed(
                 "source and target differ: " + "; ".join(map(str, differing)),

@@ -28,6 +28,7 @@ from mover.ports import MoveStore
 
 NOTE = "way_back"  # its plan, kept before anything is made for it
 NOT_BEGUN = (Lsn(0), None)
+GIVEN_UP = "way_back_given_up"
 STILL_THERE = "The tenant is served by the target, and nothing is removed from the source."
 EVERYTHING = CopiedRanges(((None, None),))
 
@@ -101,7 +102,7 @@ class WayBack:
         """There is none any more: nobody keeps WAL or a log for it."""
         if (plan := await self._noted()) is not None and not plan.refusals:
             await self.remove("monitor")
-            given_up = Finding("way_back_given_up", why, "Move the tenant back with a new migration.")
+            given_up = Finding(GIVEN_UP, why, "Move the tenant back with a new migration.")
             self._plan = replace(plan, findings=(*plan.findings, given_up))
             await self.store.save_note(self.claim, NOTE, encode_plan(self._plan))
 

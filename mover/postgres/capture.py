@@ -27,7 +27,7 @@ CAME: Final = -3
 HOME: Final = -4  # no entry: whose the row is, and what others refer to it by
 _SETTINGS: Final = (
     "SET datestyle = 'ISO, MDY' SET intervalstyle = 'postgres' SET timezone = 'UTC'"
-    " SET extra_float_digits = 1 SET bytea_output = 'hex'"
+    " SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C'"
 )
 Entry: TypeAlias = tuple[int, str]  # what is written down, of the row OLD or NEW
 

@@ -5,8 +5,8 @@ The SQL and its reasons stand in `mover/sql/capture.sql`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from mover.postgres import holdings, owner, ranges
 from mover.postgres.capture import CAME, EMPTIED, GONE, KEY, log_of
 from mover.postgres.connect import Database, Identity
 from mover.postgres.errors import translate
-from mover.postgres.points import Point, Points, take_snapshot
+from mover.postgres.points import Point, Points, reading, take_snapshot
 from mover.sql import load
 
 BATCH_ROWS, BATCH_BYTES = 5_000, 8 << 20
@@ -38,13 +38,13 @@ Item = TypeVar("Item")
 
 
 class PgChangeLog:
-    """Keeps a connection for the steps beside those that `points` keeps."""
+    """Keeps a connection for the steps beside those that `points` keeps; another one after an error, since
+    nobody knows in the middle of what a step was interrupted."""
 
     def __init__(
         self,
         database: Database,
         points: Points,
-        conn: Connection,
         shape: Shape,
         tenant: TenantId,
         identity: Identity,
@@ -52,7 +52,9 @@ class PgChangeLog:
         self.label, self.tenant = database.label, tenant
         self._database = database
         self.tables = {table.source: table for table in shape.tables}
-        self._identity, self._points, self._conn = identity, points, conn
+        self._identity, self._points = identity, points
+        self._open = AsyncExitStack()
+        self._conn: Connection | None = None
         self._relations: dict[int, Relation] = {}
         self._forgotten_before = 0  # the transaction id
         self._dead = 0
@@ -63,15 +65,29 @@ class PgChangeLog:
     async def open(
         cls, database: Database, points: Points, shape: Shape, tenant: TenantId, identity: Identity
     ) -> AsyncIterator[PgChangeLog]:
-        async with database.connect("log") as conn:
-            log = cls(database, points, conn, shape, tenant, identity)
-            with translate(database.label):
-                for table in log.tables:
-                    row = await (await conn.execute(_OID, (table.schema, table.name))).fetchone()
-                    if row is None or row[0] is None:
-                        raise _outdated(table)
-                    log._numbers[table] = row[0]
+        log = cls(database, points, shape, tenant, identity)
+        async with log._open:
+            async with log._connection() as conn:
+                with translate(database.label):
+                    for table in log.tables:
+                        row = await (await conn.execute(_OID, (table.schema, table.name))).fetchone()
+                        if row is None or row[0] is None:
+                            raise _outdated(table)
+                        log._numbers[table] = row[0]
             yield log
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        if self._conn is None:
+            # Nothing that is written on it has to outlive a crash, or may wait for a standby.
+            opened = self._database.connect("log", synchronous_commit="local")
+            self._conn = await self._open.enter_async_context(opened)
+        try:
+            yield self._conn
+        except BaseException:
+            self._conn = None
+            await self._open.aclose()
+            raise
 
     @property
     def stream(self) -> MigrationId:
@@ -88,14 +104,14 @@ class PgChangeLog:
 
     @asynccontextmanager
     async def next_point(self) -> AsyncIterator[PgLoggedPoint]:
-        async with AsyncExitStack() as stack:
+        async with self._connection() as conn, AsyncExitStack() as stack:
             with translate(self.label):
-                await stack.enter_async_context(self._conn.transaction())
-                snapshot, snapshot_id = await take_snapshot(self._conn)
-            yield PgLoggedPoint(snapshot, snapshot_id, self.label, self._conn, self)
+                await stack.enter_async_context(conn.transaction())
+                snapshot, snapshot_id = await take_snapshot(conn)
+            yield PgLoggedPoint(snapshot, snapshot_id, self.label, conn, self)
 
-    async def mark(self) -> str:
-        return await self._points.mark()
+    async def mark(self, token: str) -> None:
+        await self._points.mark(token)
 
     async def wal_lsn(self) -> Lsn:
         return await self._points.wal_lsn()
@@ -108,10 +124,11 @@ class PgChangeLog:
             "limit": FORGET_ROWS,
         }
         statement = sql.SQL(load("capture")["forget"]).format(log=log_of(self.stream))
-        with translate(self.label):
-            async with self._conn.transaction():
-                await owner.hold(self._conn, self._identity)
-                deleted = (await self._conn.execute(statement, facts)).rowcount
+        async with self._connection() as conn:
+            with translate(self.label):
+                async with conn.transaction():
+                    await owner.hold(conn, self._identity)
+                    deleted = (await conn.execute(statement, facts)).rowcount
         self._dead += deleted
         if deleted < FORGET_ROWS:
             self._forgotten_before = seen.xmin
@@ -156,7 +173,7 @@ class PgLoggedPoint(Point):
                 )
                 changes.relations[oid] = self.log.relation(relation)
                 changes.parts.setdefault(oid, set()).add(part)
-            await changes.read_values()
+            await changes.read_truncated()
         return changes
 
     def _planned(self, oid: int, schema: str | None, name: str | None) -> MovedTable:
@@ -175,38 +192,47 @@ class PgChangesSince:
     relations: dict[int, Relation] = field(default_factory=dict)
     parts: dict[int, set[int]] = field(default_factory=dict)
     truncated: list[Truncated] = field(default_factory=list)
-    rehomed: Values = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
         return not self.parts
 
-    async def read_values(self) -> None:
-        """Everything but what is written down of changed rows, of which there are few."""
+    async def read_truncated(self) -> None:
         for oid, parts in self.parts.items():
-            if parts <= {KEY, GONE, CAME}:
+            if EMPTIED in parts:
+                ref = self.relations[oid].table
+                query = self._query("emptied", relation=sql.Literal(oid))
+                for (value,) in await (await self.point.conn.execute(query)).fetchall():
+                    self.truncated.append(Truncated(ref, TableRef(*value) if value else None))
+
+    async def rehomed(self) -> AsyncGenerator[Values]:
+        for oid, parts in self.parts.items():
+            if not any(part > 0 for part in parts):
                 continue
             relation = self.relations[oid]
             table = self.point.log.tables[relation.table]
-            query = self._query("written_values", relation=sql.Literal(oid))
-            for part, value in await (await self.point.conn.execute(query)).fetchall():
-                if part == EMPTIED:
-                    self.truncated.append(Truncated(relation.table, TableRef(*value) if value else None))
-                else:
-                    reference = (relation.table, table.referenced[part - 1])
-                    self.rehomed.setdefault(reference, set()).add(tuple(value))
+            with translate(self.point.label):
+                async with self.point.conn.cursor(name=f"rehomed_{oid}") as cursor:
+                    await cursor.execute(self._query("written_values", relation=sql.Literal(oid)))
+                    while found := await cursor.fetchmany(BATCH_ROWS):
+                        values: Values = {}
+                        for part, value in found:
+                            reference = (relation.table, table.referenced[part - 1])
+                            values.setdefault(reference, set()).add(tuple(value))
+                        yield values
 
     @property
     def tables(self) -> Collection[TableRef]:
         return {relation.table for relation in self.relations.values()}
 
-    def rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[Seen]]:
+    def rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncGenerator[list[Seen]]:
         return _batches(self._all_rows(copied))
 
-    async def _all_rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[tuple[Seen, int]]:
+    async def _all_rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncGenerator[tuple[Seen, int]]:
         for relation, there in self._among(copied, {KEY}):
-            async for seen in self._rows_of(relation, there):
-                yield seen
+            async with aclosing(self._rows_of(relation, there)) as found:
+                async for seen in found:
+                    yield seen
 
     def _among(
         self, copied: Mapping[TableRef, CopiedRanges], parts: set[int]
@@ -217,7 +243,7 @@ class PgChangesSince:
             if there is not None and not there.nothing and self.parts[oid] & parts:
                 yield relation, there
 
-    async def _rows_of(self, relation: Relation, copied: CopiedRanges) -> AsyncIterator[tuple[Seen, int]]:
+    async def _rows_of(self, relation: Relation, copied: CopiedRanges) -> AsyncGenerator[tuple[Seen, int]]:
         table = self.point.log.tables[relation.table]
         names = [column.name for column in relation.columns]
         if not set(table.key) <= set(names):
@@ -226,31 +252,32 @@ class PgChangesSince:
         query = self._changed_rows(relation, table, names, copied)
         with translate(self.point.label):
             try:
-                async with self.point.conn.cursor() as cursor, cursor.copy(query) as copy:
+                async with reading(self.point.conn, query) as copy:
                     async for block in copy:
                         for line in bytes(block).splitlines():  # a row is never cut
                             yield _seen(relation, decode_row(line), len(table.key), key_at), len(line)
             except (errors.UndefinedColumn, errors.UndefinedTable) as error:
                 raise _outdated(relation.table) from error
 
-    def whole_rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncIterator[list[RowChange]]:
+    def whole_rows(self, copied: Mapping[TableRef, CopiedRanges]) -> AsyncGenerator[list[RowChange]]:
         return _batches(self._all_net_changes(copied))
 
     async def _all_net_changes(
         self, copied: Mapping[TableRef, CopiedRanges]
-    ) -> AsyncIterator[tuple[RowChange, int]]:
+    ) -> AsyncGenerator[tuple[RowChange, int]]:
         emptied = {truncated.table for truncated in self.truncated}  # what came before that counts no more
         for relation, _ in self._among(copied, {GONE, CAME}):
             if relation.table not in emptied:
-                async for change in self._net_changes(relation):
-                    yield change
+                async with aclosing(self._net_changes(relation)) as found:
+                    async for change in found:
+                        yield change
 
-    async def _net_changes(self, relation: Relation) -> AsyncIterator[tuple[RowChange, int]]:
+    async def _net_changes(self, relation: Relation) -> AsyncGenerator[tuple[RowChange, int]]:
         table = self.point.log.tables[relation.table]
         tenant_at = [column.name == table.tenant_column for column in relation.columns].index(True)
         query = self._query("net_rows", relation=sql.Literal(relation.oid))
         with translate(self.point.label):
-            async with self.point.conn.cursor() as cursor, cursor.copy(query) as copy:
+            async with reading(self.point.conn, query) as copy:
                 async for block in copy:
                     for line in bytes(block).splitlines():  # a row is never cut
                         text, net = (value.decode() for value in decode_row(line) if isinstance(value, bytes))
@@ -274,10 +301,12 @@ class PgChangesSince:
         self, relation: Relation, table: MovedTable, names: Sequence[str], copied: CopiedRanges
     ) -> sql.Composed:
         written = [
-            sql.SQL("(l.value)[{}]::{} AS {}").format(
+            # Under the column's collation, which tells what is the same key.
+            sql.SQL("coalesce((l.value)[{}]::{}, (NULL::{}).{name}) AS {name}").format(
                 sql.Literal(number),
                 ranges.type_on(column, Side.SOURCE),
-                sql.Identifier(column.name),
+                holdings.named(table.source),
+                name=sql.Identifier(column.name),
             )
             for number, column in enumerate(table.key_columns, start=1)
         ]
@@ -298,16 +327,17 @@ class PgChangesSince:
         return sql.SQL(load("capture")[name]).format(log=log, is_new=self.is_new, **parts)
 
 
-async def _batches(found: AsyncIterator[tuple[Item, int]]) -> AsyncIterator[list[Item]]:
+async def _batches(found: AsyncGenerator[tuple[Item, int]]) -> AsyncGenerator[list[Item]]:
     """What was found, each with its bytes, in pieces that memory holds."""
     batch: list[Item] = []
     size_bytes = 0
-    async for item, item_bytes in found:
-        batch.append(item)
-        size_bytes += item_bytes
-        if len(batch) >= BATCH_ROWS or size_bytes >= BATCH_BYTES:
-            yield batch
-            batch, size_bytes = [], 0
+    async with aclosing(found):
+        async for item, item_bytes in found:
+            batch.append(item)
+            size_bytes += item_bytes
+            if len(batch) >= BATCH_ROWS or size_bytes >= BATCH_BYTES:
+                yield batch
+                batch, size_bytes = [], 0
     if batch:
         yield batch
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import aclosing
 from itertools import groupby, pairwise
 from typing import TypeVar
 
@@ -143,9 +144,11 @@ class Checked(Settling):
         return await super().settle(changes, point)
 
     async def _settle_below(self, changes: ChangesSince, point: ConsistentPoint) -> Counter[str]:
-        owned = self._tables.owned
-        rehomed = {ref: found for ref, found in changes.rehomed.items() if owned.concerns(ref)}
-        keys = await owned.keys_below(self._conn, point, rehomed)
+        keys: Missing = {}
+        async with aclosing(self._rehomed_by(changes)) as pieces:
+            async for rehomed in pieces:
+                for ref, found in (await self._tables.owned.keys_below(self._conn, point, rehomed)).items():
+                    keys.setdefault(ref, set()).update(found)
         return await self._settle_rows(ReadAgain(point, self._tables, keys, changes))
 
     async def _settle_rows(self, changes: RowsToSettle) -> Counter[str]:
@@ -159,9 +162,12 @@ class Checked(Settling):
 
     async def _as_they_come(self, changes: RowsToSettle, done: Counter[str]) -> None:
         gone: list[RowChange] = []
-        async for batch in self._batches(changes):
-            gone += [change for change in batch if isinstance(change, Delete)]
-            await self._apply_counted([change for change in batch if not isinstance(change, Delete)], done)
+        async with aclosing(self._batches(changes)) as batches:
+            async for batch in batches:
+                gone += [change for change in batch if isinstance(change, Delete)]
+                await self._apply_counted(
+                    [change for change in batch if not isinstance(change, Delete)], done
+                )
         await self._go(gone, done)
 
     async def _go(self, gone: Sequence[RowChange], done: Counter[str]) -> None:
@@ -183,11 +189,13 @@ class Checked(Settling):
         a foreign key's action would take rows that are to move elsewhere, and with these others, which did
         not change and would not come back."""
         whole: list[RowChange] = []
-        async for batch in changes.whole_rows(self._tables.all_copied):
-            whole += batch
+        async with aclosing(changes.whole_rows(self._tables.all_copied)) as wholes:
+            async for batch in wholes:
+                whole += batch
         left: list[Seen] = []
-        async for rows in changes.rows(self._tables.all_copied):
-            left = await self._try_each([*left, *rows], done, going=False)
+        async with aclosing(changes.rows(self._tables.all_copied)) as found:
+            async for rows in found:
+                left = await self._try_each([*left, *rows], done, going=False)
         while left or whole:
             before = len(left) + len(whole)
             whole = [c for c in whole if not await self._tried(self._apply_counted([c], done))]
@@ -226,9 +234,30 @@ class Checked(Settling):
             return []
         if len(turn) == 1:
             return [turn[0][0]]
+        if await self._exchange([change for _, change in turn], done):
+            return []
         middle = len(turn) // 2
         first = await self._try_turn(turn[:middle], done)
         return first + await self._try_turn(turn[middle:], done)
+
+    async def _exchange(self, changes: list[RowChange], done: Counter[str]) -> bool:
+        """Rows on which nothing hangs may pass unique values on among themselves, in circles even: they all
+        go, and come as they were seen."""
+        updates = [change for change in changes if isinstance(change, Update)]
+        gone: list[RowChange] = [Delete(change.relation, change.new) for change in updates]
+        for table, keys in self._keys(gone).items():
+            if await self._is_acted_upon(table, keys, {}):
+                return False
+        come: list[RowChange] = [Insert(c.relation, c.new) if isinstance(c, Update) else c for c in changes]
+
+        async def go_and_come() -> None:
+            await self._apply_part(gone)
+            await self._apply_part(come)
+
+        if not updates or not await self._tried(go_and_come()):
+            return False
+        done.update(kinds(changes))
+        return True
 
     async def _try_together(self, rows: list[Seen], done: Counter[str]) -> list[Seen]:
         """All that go, as they may refer to each other; those that are left."""

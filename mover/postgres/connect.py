@@ -33,6 +33,7 @@ PINNED: Mapping[str, str] = {
     "TimeZone": "UTC",
     "bytea_output": "hex",
     "client_encoding": "UTF8",
+    "lc_monetary": "C",
     "statement_timeout": "0",
     "lock_timeout": "0",
     "idle_in_transaction_session_timeout": "0",

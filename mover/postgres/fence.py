@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
-from uuid import uuid4
 
 import psycopg
 from psycopg import sql
@@ -24,7 +23,7 @@ from mover.core.errors import (
     SchemaChanged,
     Unreachable,
 )
-from mover.core.ids import TenantId
+from mover.core.ids import TenantId, new_mark
 from mover.core.tables import Holding
 from mover.postgres import owner
 from mover.postgres.connect import Database, Identity
@@ -188,7 +187,7 @@ class PgFence:
     async def close(self, lock_timeout_s: float) -> str:
         if self._holder is None:
             raise CutoverAborted("the holding session is not open")
-        mark = uuid4().hex
+        mark = new_mark()
         try:
             with translate(self._database.label):
                 await self._refuse_old_holders(self._holder)

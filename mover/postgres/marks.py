@@ -8,6 +8,7 @@ a mark is a token that only its maker waits for.
 from __future__ import annotations
 
 import json
+import re
 
 from mover.core.changes import OwnerChange, Rehomed, Truncated, Vacated
 from mover.core.ids import TableRef
@@ -16,8 +17,14 @@ MARK_PREFIX = "mover.mark"
 TRUNCATE_PREFIX = "mover.truncate"
 OWNER_PREFIXES = REHOME_PREFIX, VACATE_PREFIX = ("mover.rehome", "mover.vacate")
 
+_MARK = re.compile(rb"[0-9a-f]{32}")
 # Transactional, so that it stands in the stream where its transaction commits; any role may call it.
 EMIT_MARK = "SELECT pg_logical_emit_message(true, 'mover.mark', %s)"
+
+
+def parse_mark(content: bytes) -> str | None:
+    """One of ours (core.ids.new_mark); or None, since any role may write messages, of any length."""
+    return content.decode() if _MARK.fullmatch(content) else None
 
 
 def parse_truncated(content: bytes) -> Truncated | None:

@@ -7,6 +7,7 @@ repeat as that is.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,20 +69,14 @@ class OwnedRows:
     async def read_again(self, conn: Connection, point: ConsistentPoint, rehomed: Values) -> None:
         """All that refers to the given rows, and what refers to that: as the point sees it."""
         removed = await self.remove_below(conn, rehomed)
-        await self.fetch_below(conn, point, rehomed, removed)
+        for wanted in (rehomed, removed):  # of what was removed, some may be the tenant's by another owner
+            await self.fetch_below(conn, point, wanted)
 
     async def remove_below(self, conn: Connection, rehomed: Values) -> Values:
         """All that refers to the given rows, and what refers to that; to which of these rows was referred."""
         removed: Values = {}
         await self._remove(conn, rehomed, removed)
         return removed
-
-    async def fetch_below(
-        self, conn: Connection, point: ConsistentPoint, rehomed: Values, removed: Values
-    ) -> None:
-        """The same as the point sees it."""
-        for wanted in (rehomed, removed):  # of what was removed, some may be the tenant's by another owner
-            await self._fetch(conn, point, wanted)
 
     async def keys_below(self, conn: Connection, point: ConsistentPoint, rehomed: Values) -> Missing:
         """The keys of all that refers to the given rows, and what refers to that: here or at the point."""
@@ -122,7 +117,8 @@ class OwnedRows:
             await self.remove(conn, table, names, values)
             self.touch(table.source, _keys(table, rows))
 
-    async def _fetch(self, conn: Connection, point: ConsistentPoint, rehomed: Values) -> None:
+    async def fetch_below(self, conn: Connection, point: ConsistentPoint, rehomed: Values) -> None:
+        """The same as the point sees it."""
         for table, names, values in self._there_through(rehomed):
             came = await self._found(conn, table, names, values)  # by another of its owners
             await self._remove(conn, _referenced(table, came), {})
@@ -130,7 +126,7 @@ class OwnedRows:
             await self.fetch(conn, point, table, names, values)
             rows = await self._found(conn, table, names, values)
             self.touch(table.source, _keys(table, rows))
-            await self._fetch(conn, point, _referenced(table, rows))
+            await self.fetch_below(conn, point, _referenced(table, rows))
 
     def _there_through(self, rehomed: Values) -> Iterator[tuple[MovedTable, Sequence[str], set[Key]]]:
         """The tables that refer to the given rows, the columns by which, and what stands in them."""
@@ -152,8 +148,12 @@ class OwnedRows:
             holdings.named(table.target), ranges.columns(table.copied)
         )
         copied = self.copied(table.source)
-        async with conn.cursor() as cursor, cursor.copy(statement) as copy:
-            async for block in point.rows(table, self.tenant, names, values, copied):
+        async with (
+            aclosing(point.rows(table, self.tenant, names, values, copied)) as blocks,
+            conn.cursor() as cursor,
+            cursor.copy(statement) as copy,
+        ):
+            async for block in blocks:
                 await copy.write(block)
 
     async def remove(

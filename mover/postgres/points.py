@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import uuid4
 
 import psycopg
 from psycopg import sql
@@ -41,7 +40,7 @@ class Point:
         names: Sequence[str],
         values: Collection[Key],
         copied: CopiedRanges,
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes]:
         ordered = sorted(values)
         for start in range(0, len(ordered), KEYS_PER_QUERY):
             query = sql.SQL("COPY (SELECT {} FROM {} AS t WHERE {} AND {} AND {}) TO STDOUT").format(
@@ -54,9 +53,17 @@ class Point:
                 ranges.in_ranges(table, "t", copied, Side.SOURCE),
             )
             with translate(self.label):
-                async with self.conn.cursor() as cursor, cursor.copy(query) as copy:
+                async with reading(self.conn, query) as copy:
                     async for block in copy:
                         yield bytes(block)
+
+
+@asynccontextmanager
+async def reading(conn: Connection, query: sql.Composed) -> AsyncIterator[psycopg.AsyncCopy]:
+    """What a COPY sends, in a savepoint: who stops in the middle cancels it, and the point stays. He has to
+    close what he read from there and then, not when it is collected."""
+    async with conn.transaction(), conn.cursor() as cursor, cursor.copy(query) as copy:
+        yield copy
 
 
 class Points:
@@ -85,11 +92,9 @@ class Points:
         assert row is not None
         return Snapshot.parse(row[0])
 
-    async def mark(self) -> str:
-        token = uuid4().hex
+    async def mark(self, token: str) -> None:
         with translate(self._database.label):
             await self._conn.execute(EMIT_MARK, (token,))
-        return token
 
     async def schema_stamp(self, schemas: Collection[str], tenant_column: str) -> str:
         with translate(self._database.label):

@@ -28,6 +28,7 @@ from mover.postgres.marks import (
     MARK_PREFIX,
     OWNER_PREFIXES,
     TRUNCATE_PREFIX,
+    parse_mark,
     parse_owner_change,
     parse_truncated,
 )
@@ -298,8 +299,11 @@ class WalStream:
         if not message.transactional:  # ours all are; it stands outside any transaction
             return
         known = len(self._changes)
-        if message.prefix == MARK_PREFIX:
-            self._marks.append(message.content.decode(errors="replace"))
+        if message.prefix == MARK_PREFIX and (mark := parse_mark(message.content)):
+            if self._open_bytes >= PIECE_BYTES:  # before it: the transaction of one of ours is one piece
+                self._close_piece(None)
+            self._marks.append(mark)
+            self._open_bytes += size_bytes + MESSAGE_BYTES
         elif message.prefix == TRUNCATE_PREFIX and (truncated := parse_truncated(message.content)):
             self._changes.append(truncated)
         elif message.prefix in OWNER_PREFIXES and (

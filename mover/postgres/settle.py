@@ -7,11 +7,13 @@ target's constraints allow.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 from mover.core.changes import Delete, Insert, RowChange, Seen, Truncated, Update, kinds
 from mover.core.copying import Key
 from mover.core.ids import TableRef
+from mover.core.membership import Values
 from mover.ports import ChangesSince, ConsistentPoint
 from mover.postgres import holdings
 from mover.postgres.again import RowsToSettle
@@ -45,11 +47,22 @@ class Settling(Transaction):
     async def _settle_below(self, changes: ChangesSince, point: ConsistentPoint) -> Counter[str]:
         """The changes, and what comes and goes with the rows that have changed."""
         owned = self._tables.owned
-        rehomed = {ref: found for ref, found in changes.rehomed.items() if owned.concerns(ref)}
-        removed = await owned.remove_below(self._conn, rehomed)
+        removed: Values = {}
+        async with aclosing(self._rehomed_by(changes)) as pieces:
+            async for rehomed in pieces:
+                for reference, values in (await owned.remove_below(self._conn, rehomed)).items():
+                    removed.setdefault(reference, set()).update(values)
         done = await self._settle_rows(changes)
-        await owned.fetch_below(self._conn, point, rehomed, removed)
+        async with aclosing(self._rehomed_by(changes)) as pieces:
+            async for rehomed in pieces:
+                await owned.fetch_below(self._conn, point, rehomed)
+        await owned.fetch_below(self._conn, point, removed)  # by another owner they may be the tenant's
         return done
+
+    async def _rehomed_by(self, changes: ChangesSince) -> AsyncGenerator[Values]:
+        async with aclosing(changes.rehomed()) as pieces:
+            async for found in pieces:
+                yield {ref: values for ref, values in found.items() if self._tables.owned.concerns(ref)}
 
     async def _settle_rows(self, changes: RowsToSettle) -> Counter[str]:
         """As sets where the rows let it happen; else everything goes before anything comes, which needs no
@@ -61,30 +74,35 @@ class Settling(Transaction):
         return done
 
     async def _as_they_come(self, changes: RowsToSettle, done: Counter[str]) -> None:
-        async for batch in self._batches(changes):
-            await self._apply_counted(batch, done)
+        async with aclosing(self._batches(changes)) as batches:
+            async for batch in batches:
+                await self._apply_counted(batch, done)
 
     async def _anew(self, changes: RowsToSettle, done: Counter[str]) -> None:
         """Values that are unique may have gone from one row to another, in a circle even."""
-        async for batch in self._batches(changes):
-            there = [change for change in batch if not isinstance(change, Insert)]
-            gone: list[RowChange] = [c if isinstance(c, Delete) else Delete(c.relation, c.new) for c in there]
-            await self._apply_counted(gone, done)
-        async for whole in changes.whole_rows(self._tables.all_copied):
-            await self._apply_counted([c for c in whole if isinstance(c, Insert)], done)
-        async for rows in changes.rows(self._tables.all_copied):
-            await self._apply_counted([c for c in await self._as_changes(rows) if c is not None], done)
+        async with aclosing(self._batches(changes)) as batches:
+            async for batch in batches:
+                there = [change for change in batch if not isinstance(change, Insert)]
+                gone: list[RowChange] = [
+                    c if isinstance(c, Delete) else Delete(c.relation, c.new) for c in there
+                ]
+                await self._apply_counted(gone, done)
+        async with aclosing(self._batches(changes)) as batches:
+            async for batch in batches:
+                await self._apply_counted([c for c in batch if isinstance(c, (Insert, Update))], done)
 
     async def _apply_counted(self, changes: list[RowChange], done: Counter[str]) -> None:
         if changes:
             await self._apply_part(changes)
             done.update(kinds(changes))
 
-    async def _batches(self, changes: RowsToSettle) -> AsyncIterator[list[RowChange]]:
-        async for whole in changes.whole_rows(self._tables.all_copied):
-            yield whole
-        async for seen in changes.rows(self._tables.all_copied):
-            yield [change for change in await self._as_changes(seen) if change is not None]
+    async def _batches(self, changes: RowsToSettle) -> AsyncGenerator[list[RowChange]]:
+        async with aclosing(changes.whole_rows(self._tables.all_copied)) as wholes:
+            async for whole in wholes:
+                yield whole
+        async with aclosing(changes.rows(self._tables.all_copied)) as found:
+            async for seen in found:
+                yield [change for change in await self._as_changes(seen) if change is not None]
 
     async def _as_changes(self, seen: Sequence[Seen]) -> list[RowChange | None]:
         """What has to happen for each row to be there as it was seen, or not to be there; None: nothing."""

@@ -100,9 +100,13 @@ COPY (SELECT {keys}, {values}
         LEFT JOIN {table} AS t ON ({keys}) = ({found_keys}) AND {tenants} AND {copied}) TO STDOUT
 
 -- name: written_values
--- What else is written down of a table with a key, or that one was emptied, each value once. Reads only.
+-- What else is written down of a table with a key, each value once. Reads only.
 SELECT DISTINCT l.part, l.value FROM mover.{log} AS l
- WHERE l.relation = {relation} AND (l.part > 0 OR l.part = -1) AND {is_new}
+ WHERE l.relation = {relation} AND l.part > 0 AND {is_new}
+
+-- name: emptied
+-- That a table was emptied, or which of its partitions. Reads only.
+SELECT DISTINCT l.value FROM mover.{log} AS l WHERE l.relation = {relation} AND l.part = -1 AND {is_new}
 
 -- name: net_rows
 -- How many more of each row have come than gone, of a table without a key. What goes comes first: it frees

@@ -214,7 +214,6 @@ async def test_wrong_queries_and_paths_are_refused(database: str) -> None:
 async def test_later_routes_say_so(database: str) -> None:
     async with api_before(database) as api:
         for method, path in (
-            ("POST", f"{MIGRATIONS}/{uuid4()}/rollback"),
             ("POST", f"{MIGRATIONS}/{uuid4()}/approve"),
             ("GET", f"{MIGRATIONS}/cost-estimate"),
             ("GET", "/api/openapi.json"),

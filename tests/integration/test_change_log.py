@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 from uuid import uuid4
 
@@ -386,3 +387,80 @@ async def test_how_large_the_log_is_can_be_seen(pair):
             execute(pair.source, "UPDATE app.item SET amount = 0 WHERE tenant_id = %s", TENANT)
             assert await log_bytes(conn, r.migration) > empty + 2000 * 60
             assert await log_bytes(conn, MigrationId(uuid4())) == 0
+
+
+PLACES = (
+    "CREATE SCHEMA app; CREATE TABLE app.item (tenant_id uuid NOT NULL, id bigint PRIMARY KEY,"
+    " place int NOT NULL UNIQUE, note text)"
+)
+PLACED = MovedTable(
+    TableRef("app", "item"),
+    TableRef("app", "item"),
+    (
+        Column("tenant_id", "uuid", "uuid", not_null=True),
+        Column("id", "bigint", "bigint", not_null=True),
+        Column("place", "integer", "integer", not_null=True),
+        Column("note", "text", "text"),
+    ),
+    ("id",),
+    "tenant_id",
+)
+
+
+@pytest.mark.parametrize(
+    ("careful", "count", "width"),
+    [(False, 1500, 200), (True, 250, 1200)],
+    ids=["by the replica role", "where foreign keys act"],
+)
+async def test_unique_values_may_change_hands_in_a_step_of_any_size(pair, careful, count, width, monkeypatch):
+    """More than one piece, and more than the network holds: what is read is given up in the middle."""
+    monkeypatch.setattr(change_log, "BATCH_ROWS", 100)
+    subject = Subject((PLACED,), PLACES, "", careful=careful)
+    async with rig(pair.source, pair.target, subject=subject, capture=TRIGGER) as r:
+        fill = "INSERT INTO app.item SELECT %s, n, n, repeat(md5(n::text), %s) FROM generate_series(1, %s) n"
+        execute(pair.source, fill, TENANT, width, count)
+        await r.follower.start()
+        await r.copy().run()
+        with psycopg.connect(pair.source) as conn:
+            conn.execute("UPDATE app.item SET place = -place")
+            conn.execute("UPDATE app.item SET place = 1 + mod(-place, %s)", (count,))
+        async with asyncio.timeout(30):
+            await r.follower.catch_up_once()
+        content = "SELECT * FROM app.item ORDER BY id"
+        assert execute(pair.target, content) == execute(pair.source, content)
+
+
+UNUSUALLY_EQUAL = [
+    "INSERT INTO app.item VALUES (%(tenant)s, 'new', 'x')",
+    "UPDATE app.item SET code = 'NEW' WHERE code = 'new'",
+    "UPDATE app.item SET code = upper(code) WHERE code = 'old1'",
+    "UPDATE app.item SET code = upper(code) WHERE code = 'old2'",
+    "DELETE FROM app.item WHERE code = 'old2'",
+]
+
+
+async def test_a_key_in_two_spellings_that_are_the_same_is_one_row(pg15, make_database):
+    """Of the servers at hand only one has a collation under which they are."""
+    source, target = make_database(pg15), make_database(pg15)
+    ddl = (
+        "CREATE SCHEMA app; CREATE COLLATION app.ci (provider = icu, locale = 'und-u-ks-level2',"
+        " deterministic = false); CREATE TABLE app.item (tenant_id uuid NOT NULL,"
+        " code text COLLATE app.ci PRIMARY KEY, note text)"
+    )
+    columns = (
+        Column("tenant_id", "uuid", "uuid", not_null=True),
+        Column("code", "text", "text", not_null=True, collatable=True),
+        Column("note", "text", "text"),
+    )
+    item = TableRef("app", "item")
+    subject = Subject((MovedTable(item, item, columns, ("code",), "tenant_id"),), ddl, "")
+    async with rig(source, target, subject=subject, capture=TRIGGER) as r:
+        execute(source, "INSERT INTO app.item SELECT %s, 'old' || n FROM generate_series(1, 20) n", TENANT)
+        await r.follower.start()
+        await r.copy().run()
+        for statement in UNUSUALLY_EQUAL:
+            execute(source, statement.replace("%(tenant)s", f"'{TENANT}'"))
+        await r.follower.catch_up_once()
+        content = 'SELECT code, note FROM app.item ORDER BY code COLLATE "C"'
+        assert execute(target, content) == execute(source, content)
+        assert ("NEW", "x") in execute(source, content)

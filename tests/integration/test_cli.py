@@ -183,7 +183,7 @@ async def test_refusals_and_failures_have_their_exit_codes(database: str, run: R
         assert (await asyncio.to_thread(run, "pause", one, *server))[0] == 1
         assert (await asyncio.to_thread(run, "watch", one, *server))[0] == 1
         assert (await asyncio.to_thread(run, "rollback", one, *server))[0] == 1
-        code, text = await asyncio.to_thread(run, "approve", one, *server)
+        code, text = await asyncio.to_thread(run, "approve", one, *server, role=Role.ADMIN)
         assert (code, "not available in this version" in text) == (1, True)
 
 

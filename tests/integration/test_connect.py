@@ -114,6 +114,7 @@ OTHERWISE = {
     "TimeZone": "Asia/Tokyo",
     "bytea_output": "escape",
     "client_encoding": "LATIN1",
+    "lc_monetary": "POSIX",
     "statement_timeout": "7s",
     "lock_timeout": "7s",
     "idle_in_transaction_session_timeout": "7s",

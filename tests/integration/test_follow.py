@@ -12,7 +12,7 @@ import pytest
 
 from mover.core.copying import CopiedRanges
 from mover.core.errors import ApplyConflict, Unreachable
-from mover.core.ids import Capture
+from mover.core.ids import Capture, new_mark
 from mover.core.migration import Progress
 from mover.core.snapshot import Snapshot
 from mover.engine import follow_stream
@@ -379,19 +379,53 @@ async def test_a_point_is_found_behind_any_number_of_other_migrations_marks(pair
     async with rig(pair.source, pair.target) as r, r.following():
         await r.copy().run()
         others = (
-            "SELECT count(pg_logical_emit_message(true, 'mover.mark', g::text)) FROM generate_series(1, 10) g"
+            "SELECT count(pg_logical_emit_message(true, 'mover.mark', md5(g::text)))"
+            " FROM generate_series(1, 10) g"
         )
 
         class Outnumbered(Wrapped):
-            async def mark(self) -> str:
-                token = await self._source.mark()
+            async def mark(self, token: str) -> None:
+                await self._source.mark(token)
                 await asyncio.to_thread(execute, pair.source, others)
-                await until(lambda: sum(len(p.marks) for p in r.stream._queue) > 10)
-                return token
+                await until(lambda: len(r.follower._seen) == 3 or len(marks_of(r)) > 10)
 
         r.follower.source = Outnumbered(r.follower.source)
         async with asyncio.timeout(20):
             assert await differences_at_a_point(r) == []
+            await r.follower.catch_up_once()
+
+
+def marks_of(r: Rig) -> list[str]:
+    return [mark for piece in r.stream._queue for mark in piece.marks]
+
+
+async def test_messages_that_are_not_our_marks_take_no_memory(pair):
+    async with rig(pair.source, pair.target) as r, r.following():
+        await r.copy().run()
+        async with r.follower.paused():
+            execute(
+                pair.source,
+                "SELECT count(pg_logical_emit_message(true, 'mover.mark', repeat('x', 1000)))"
+                " FROM generate_series(1, 1000)",
+            )
+            mark = new_mark()
+            passing = asyncio.create_task(r.follower.reached(mark))
+            execute(pair.source, "SELECT pg_logical_emit_message(true, 'mover.mark', %s)", mark)
+            await until(lambda: mark in marks_of(r))
+            assert marks_of(r) == [mark]
+        await passing
+
+
+async def test_nobody_is_cancelled_with_another_who_waits_for_the_same(pair):
+    async with rig(pair.source, pair.target) as r, r.following():
+        await r.copy().run()
+        mark = new_mark()
+        first, second = (asyncio.create_task(r.follower.reached(mark)) for _ in range(2))
+        await until(lambda: len(r.follower._awaited.get(mark, ())) == 2)
+        first.cancel()
+        await asyncio.wait([first])
+        execute(pair.source, "SELECT pg_logical_emit_message(true, 'mover.mark', %s)", mark)
+        await second
 
 
 async def test_who_comes_after_a_cancelled_hold_is_not_cancelled(pair, capture):

@@ -10,21 +10,16 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from tempfile import NamedTemporaryFile
-from uuid import uuid4
 
 import psycopg
 import pytest
 from psycopg import sql
 
-from mover.core.ids import Epoch, MigrationId, Side
-from mover.core.secret import Secret
 from mover.demo.servers import PostgresServer
-from mover.engine.verify import Verification
-from mover.postgres.connect import Database, Identity
-from mover.postgres.digests import open_readers
-from tests.support.rig import DDL, ITEM, OTHER, TENANT, Rig, rig
+from tests.support.comparing import verifying
+from tests.support.rig import DDL, OTHER, rig
 
 CLIENTS = 40
 SECONDS = 60  # of copying and verifying while others write
@@ -184,29 +179,3 @@ async def test_copying_and_verifying_under_saturating_writers_loses_nothing(
         following.cancel()
     print(f"{rounds} rounds of copying and verifying")
     assert rounds >= 10
-
-
-@asynccontextmanager
-async def verifying(r: Rig) -> AsyncIterator[Verification]:
-    identity = Identity(MigrationId(uuid4()), Epoch(1))
-    async with AsyncExitStack() as stack:
-        source, target = [
-            await stack.enter_async_context(open_readers(Database(Secret(url), side, identity), side))
-            for url, side in ((r.source_url, Side.SOURCE), (r.target_url, Side.TARGET))
-        ]
-        yield Verification(
-            tenant=TENANT,
-            tables=[ITEM],
-            follower=r.follower,
-            target=r.writer,
-            source_readers=source,
-            target_readers=target,
-            on_rows=lambda rows: None,
-            on_mismatch=lambda rows: None,
-            check_schemas=unchanged,
-            hint="",
-        )
-
-
-async def unchanged() -> None:
-    pass

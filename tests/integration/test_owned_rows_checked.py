@@ -14,9 +14,17 @@ import psycopg
 import pytest
 
 from mover.core.errors import ApplyConflict
+from mover.postgres import change_log
 from tests.integration.test_owned_rows import differences, made_rig, prepare, shape_of
 from tests.support import binders
 from tests.support.rig import OTHER, TENANT, Subject, execute, rig
+
+
+@pytest.fixture(autouse=True)
+def in_small_pieces(monkeypatch):
+    """What is written down is read in several, between which the point is asked other things."""
+    monkeypatch.setattr(change_log, "BATCH_ROWS", 20)
+
 
 # Links have the tenant column, and refer to owned papers from outside; papers refer to each other.
 PAPERS = """
