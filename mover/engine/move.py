@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from cutover.ports import Cache, Gate
 from cutover.protocol import Ends, Report, World, cut_over, recover
 from mover.core.errors import (
+    ApplyConflict,
     CutoverAborted,
     DamageAfterSwitch,
     MoverError,
@@ -481,17 +482,20 @@ class Move:
                 return False
             if await self.way_back.shape() is not None:
                 await self._keep_the_way_back(shape)
-            elif left > MONITOR_INTERVAL_S:
+            if (left := self._window_left()) > MONITOR_INTERVAL_S:
                 await self.store.release(self.claim, min(left, MONITOR_LOOK_S))
                 return False
-            else:
-                await self.clock.sleep(max(0.0, left))
+            await self.clock.sleep(max(0.0, left))
         return True
 
     async def _keep_the_way_back(self, shape: Shape) -> None:
         """Until the window is over the source follows the target; compared now and again, and at the end."""
         try:
             await self._follow_back(shape)
+        except ApplyConflict as error:
+            # Above all values that are unique among all tenants, of whom the target does not know all.
+            await self.way_back.give_up(f"the source could not follow: {error}")
+            await self.journal.say(f"there is no way back any more: {error}", "error")
         except VerificationFailed as error:
             await self.store.save_note(self.claim, DAMAGE, str(error))
             await self.way_back.give_up("the source and the target that it follows differ")

@@ -202,9 +202,11 @@ update {organizations}
 returning id
 
 -- name: record_decision
--- Runs under lock_claim, in switch_route's transaction.
+-- Runs under lock_claim, in switch_route's transaction. A rollback that came too late for the attempt is still
+-- wished for.
 update platform.tenant_migrations
-   set status = 'monitoring', phase = 'monitor', switched_at = now(), wish = null, error = null,
+   set status = 'monitoring', phase = 'monitor', switched_at = now(), error = null,
+       wish = case when wish = 'rollback' then wish end,
        evidence = %(evidence)s
  where id = %(id)s
 

@@ -9,7 +9,7 @@ import pytest
 from mover.core.migration import Wish
 from mover.demo.schema import schemas
 from tests.acceptance.test_crashes import dies
-from tests.support.acceptance import CORE, ESTATE, Scene, at, clean, killed
+from tests.support.acceptance import CORE, ESTATE, Home, Scene, at, clean, killed
 from tests.support.checks import assert_tenant_equal, leftovers
 from tests.support.waiting import until
 
@@ -89,14 +89,48 @@ async def test_a_return_survives_kill_9(pg16, pg18, make_scene, capture):
     watch.check_undone("rolled_back")
 
 
+async def test_a_value_that_the_source_does_not_take_ends_the_way_back_alone(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    core, estate = scene.homes[CORE], scene.homes[ESTATE]
+    core.execute("alter table core_crm.activities add code text unique")  # the target is empty yet
+    add = "insert into {}_crm.activities (tenant_id, kind, code) values (%s, 'call', 'taken')"
+    core.execute(add.format(CORE), scene.tenants[1].id)
+    watch = scene.watch()
+    async with scene.daemon(monitoring_hours=LONG_WINDOW) as stage:
+        await watch.submit(stage)
+        await watch.until("monitoring")
+        estate.execute(add.format(ESTATE), scene.tenant)
+        await until(lambda: leftovers_of_the_stream(estate) == [])
+        code, text = await stage.run("rollback", watch.id)
+        assert (code, "no way back" in text) == (3, True)
+        assert watch._read()["status"] == "monitoring"
+
+
+def leftovers_of_the_stream(home: Home) -> list[tuple]:
+    return home.execute(
+        "select slot_name from pg_replication_slots where database = current_database()"
+        " union all select pubname from pg_publication"
+    )
+
+
 async def test_before_the_switch_a_rollback_is_a_cancellation(pg16, pg18, make_scene):
     scene = make_scene(pg16, pg18)
-    async with scene.frozen_at("back.stream.done") as (watch, stage, workload):
+    async with scene.frozen_at("copy.chunk") as (watch, stage, workload):
         await scene.wish(watch, Wish.ROLLBACK)
         stage.send_signal(signal.SIGCONT)
         await watch.until("rolled_back")
     clean(workload.report())
     watch.check_undone("rolled_back")
+
+
+async def test_a_rollback_that_comes_just_before_the_switch_is_not_forgotten(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    async with scene.frozen_at("cutover.closed") as (watch, stage, workload):
+        await scene.wish(watch, Wish.ROLLBACK)
+        stage.send_signal(signal.SIGCONT)
+        await watch.until("rolled_back")
+        assert scene.route() == CORE
+    clean(workload.report())
 
 
 async def test_a_source_that_is_cleaned_is_nothing_to_come_back_to(pg16, pg18, make_scene):
