@@ -120,6 +120,22 @@ async def test_a_follower_goes_on_from_what_the_target_has_stored(pair):
         await expect_equal(r)
 
 
+PLACES = (
+    "CREATE SCHEMA app; CREATE TABLE app.item (tenant_id uuid NOT NULL, id bigint PRIMARY KEY,"
+    " place int NOT NULL UNIQUE, note text)"
+)
+PLACED = MovedTable(
+    TableRef("app", "item"),
+    TableRef("app", "item"),
+    (
+        Column("tenant_id", "uuid", "uuid", not_null=True),
+        Column("id", "bigint", "bigint", not_null=True),
+        Column("place", "integer", "integer", not_null=True),
+        Column("note", "text", "text"),
+    ),
+    ("id",),
+    "tenant_id",
+)
 CIRCLES = {
     "two rows": ["1, 2", "2, 1"],
     "three rows": ["1, 2", "2, 3", "3, 1"],
@@ -130,23 +146,7 @@ CIRCLES = {
 @pytest.mark.parametrize("moves", CIRCLES.values(), ids=CIRCLES)
 @pytest.mark.parametrize("rows", [1, 400], ids=["alone", "among many"])
 async def test_unique_values_may_change_hands_between_two_snapshots(pair, moves, rows):
-    ddl = (
-        "CREATE SCHEMA app; CREATE TABLE app.item (tenant_id uuid NOT NULL, id bigint PRIMARY KEY,"
-        " place int NOT NULL UNIQUE, note text)"
-    )
-    table = MovedTable(
-        TableRef("app", "item"),
-        TableRef("app", "item"),
-        (
-            Column("tenant_id", "uuid", "uuid", not_null=True),
-            Column("id", "bigint", "bigint", not_null=True),
-            Column("place", "integer", "integer", not_null=True),
-            Column("note", "text", "text"),
-        ),
-        ("id",),
-        "tenant_id",
-    )
-    async with rig(pair.source, pair.target, subject=Subject((table,), ddl, ""), capture=TRIGGER) as r:
+    async with rig(pair.source, pair.target, subject=Subject((PLACED,), PLACES, ""), capture=TRIGGER) as r:
         execute(pair.source, f"INSERT INTO app.item SELECT '{TENANT}', n, n FROM generate_series(1, 500) n")
         await r.follower.start()
         await r.copy().run()
@@ -387,24 +387,6 @@ async def test_how_large_the_log_is_can_be_seen(pair):
             execute(pair.source, "UPDATE app.item SET amount = 0 WHERE tenant_id = %s", TENANT)
             assert await log_bytes(conn, r.migration) > empty + 2000 * 60
             assert await log_bytes(conn, MigrationId(uuid4())) == 0
-
-
-PLACES = (
-    "CREATE SCHEMA app; CREATE TABLE app.item (tenant_id uuid NOT NULL, id bigint PRIMARY KEY,"
-    " place int NOT NULL UNIQUE, note text)"
-)
-PLACED = MovedTable(
-    TableRef("app", "item"),
-    TableRef("app", "item"),
-    (
-        Column("tenant_id", "uuid", "uuid", not_null=True),
-        Column("id", "bigint", "bigint", not_null=True),
-        Column("place", "integer", "integer", not_null=True),
-        Column("note", "text", "text"),
-    ),
-    ("id",),
-    "tenant_id",
-)
 
 
 @pytest.mark.parametrize(
