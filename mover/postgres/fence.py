@@ -102,7 +102,9 @@ class PgFence:
             if row is not None:
                 migration, state, tombstone_of = row
                 if migration != self._identity.migration:
-                    return  # a later migration has taken the place over
+                    # Somebody else's: a later migration's, or an earlier one's that we failed to take over.
+                    await conn.execute(load("fence")["correct"], self._facts())
+                    return
                 if tombstone_of is not None and state != "open":
                     return await self._hand_back(conn)
             for table in await self._guards.standing(conn):

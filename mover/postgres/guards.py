@@ -237,7 +237,7 @@ class Guards:
                 refers=_refers(tie, columns),
                 is_owned=sql.Literal(tie.parent.tenant_column is None),
                 owner_oid=sql.Literal(await capture.oid_of(conn, tie.parent.table)),
-                hand_over_name=sql.Literal(self._trigger("hand_over")),
+                hand_over_function=sql.Literal(f"mover.{self._of('hand_over', tie.parent.table)}"),
             )
             for tie in holding.ties
         ]
@@ -287,6 +287,9 @@ class Guards:
         parts = {"table": named(table), **names}
         async with conn.transaction():
             await owner.hold(conn, self._identity)
+            function = {"function": f"mover.{self._of('hand_over', table)}"}
+            for (uncalled,) in await (await conn.execute(load("fence")["uncalled"], function)).fetchall():
+                await conn.execute(self._sql("drop_function", function=sql.SQL(uncalled)))
             is_owned = sql.Literal(holding.tenant_column is None)
             made = self._sql("hand_over_function", itself=itself, ours=ours, is_owned=is_owned, **parts)
             await conn.execute(made)

@@ -10,7 +10,7 @@
 -- Makes the guard functions; may be repeated. Locks nothing of the application's.
 CREATE SEQUENCE IF NOT EXISTS mover.{state_sequence} MINVALUE 1 MAXVALUE 4 NO CYCLE;
 CREATE SEQUENCE IF NOT EXISTS mover.{refused_sequence};
--- NULL until the place is opened: only from then on does anybody follow what is written there.
+-- NULL until the place is opened, and again when the tenant has left: in between somebody follows what is written.
 CREATE SEQUENCE IF NOT EXISTS mover.{opened_sequence};
 -- Set to 2 before an owner of rows comes from another tenant; NULL until then.
 CREATE SEQUENCE IF NOT EXISTS mover.{owners_sequence} MINVALUE 1 MAXVALUE 2 NO CYCLE;
@@ -216,9 +216,10 @@ GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}, boolean) TO PUBLI
     has_changed := coalesce(pg_sequence_last_value('mover.{owners_sequence}') = 2
                             OR {is_owned} AND pg_sequence_last_value('mover.{parents_sequence}') = 2, false);
     IF current_setting('transaction_isolation') <> 'read committed' AND (has_changed OR NOT EXISTS (
-        SELECT FROM pg_trigger WHERE tgrelid = {owner_oid} AND tgname = {hand_over_name}))
+        SELECT FROM pg_trigger WHERE tgrelid = {owner_oid} AND tgfoid = to_regproc({hand_over_function})))
     THEN
-        -- Fails where the owner has changed since the transaction's snapshot, which may be older than our triggers.
+        -- Fails where the owner has changed since the transaction's snapshot, which may be older than our triggers:
+        -- an earlier trigger that it shows has called another function, of the same name.
         SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen} FOR SHARE;
     ELSIF has_changed AND is_ours IS NOT NULL THEN
         SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen};
@@ -238,6 +239,12 @@ GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}, boolean) TO PUBLI
     IF is_ours THEN
         RETURN true;
     END IF;
+
+-- name: uncalled
+-- A function that no trigger calls goes before it is made anew, so that who sees an earlier trigger can tell:
+-- between the two anybody may have changed whose an owner is. Reads only.
+SELECT p.oid::regprocedure::text FROM pg_proc p
+ WHERE p.oid = to_regproc(%(function)s) AND NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgfoid = p.oid)
 
 -- name: hand_over_function
 -- A row comes to the tenant, and with it those that refer to it; or it may do so later with another owner.
@@ -460,11 +467,18 @@ WITH own AS (
      WHERE f.name = %(name)s AND f.migration = %(migration)s AND f.state = ANY (%(old)s)
     RETURNING 1
 )
-SELECT CASE WHEN %(new)s = 'open' THEN setval(%(opened)s::regclass, 1) END,
-       setval(%(sequence)s::regclass, array_position('{open,closed,aborted,moved}'::text[], %(new)s)),
+SELECT CASE WHEN setval(%(sequence)s::regclass, array_position('{open,closed,aborted,moved}'::text[], %(new)s)) = 1
+            THEN setval(%(opened)s::regclass, 1)
+            WHEN %(new)s <> 'closed' THEN setval(%(opened)s::regclass, 1, false) END,
        CASE WHEN %(mark)s <> '' THEN pg_logical_emit_message(true, 'mover.mark', %(mark)s) END,
        CASE WHEN %(new)s <> 'closed' THEN (SELECT true FROM pg_advisory_unlock_all()) END
   FROM changed
+
+-- name: correct
+-- The sequence as the row says, under the row's lock: whoever took the place over may have failed behind it.
+-- Repeatable.
+SELECT setval(%(sequence)s::regclass, array_position('{open,closed,aborted,moved}'::text[], state))
+  FROM (SELECT state FROM mover.fence WHERE name = %(name)s FOR UPDATE) AS f
 
 -- name: row
 -- Reads only.

@@ -13,6 +13,7 @@ from mover.core.ids import Epoch, MigrationId
 from mover.postgres import agent
 from mover.postgres.connect import Identity
 from mover.postgres.fence import PgFence
+from mover.sql import load
 from tests.support.fencing import OTHER, TABLES, TENANT, Fenced, fenced, insert, quiet
 
 OBJECTS = """
@@ -171,6 +172,18 @@ async def test_a_tenant_that_does_not_come_back_after_all_is_refused_as_before(u
                 await target.remove(quiet)
             assert await world.ask(OBJECTS) == made
             assert await refused_as_moved(world)
+
+
+async def test_a_takeover_that_failed_behind_the_state_leaves_the_tombstone_refusing(url):
+    """The state that writers read does not come back with the transaction."""
+    async with fenced(url) as world:
+        await leave_the_place(world)
+        target = await next_migration(world)
+        with psycopg.connect(url) as conn:
+            conn.execute(load("fence")["record"], target._facts() | {"state": "closed"})
+            conn.rollback()
+        await target.remove(quiet)
+        assert await refused_as_moved(world)
 
 
 async def test_an_earlier_migration_cannot_remove_what_a_later_one_needs(url):

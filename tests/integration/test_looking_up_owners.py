@@ -83,6 +83,28 @@ async def test_a_snapshot_older_than_the_guards_is_not_trusted(pair, level):
             old.rollback()
 
 
+@pytest.mark.parametrize("level", LATER)
+@pytest.mark.parametrize("gone", ["the guards", "the trigger"])
+async def test_a_snapshot_older_than_these_guards_is_not_trusted_for_having_seen_earlier_ones(
+    pair, level, gone
+):
+    async with made_rig(pair, ddl(), Capture.TRIGGER) as r:
+        execute(pair.source, ROWS)
+        execute(pair.source, "create table app.unrelated (id int)")
+        guarded = [table.holding(Side.SOURCE) for table in r.subject.shape.tables]
+        with psycopg.connect(pair.source, options="-c lock_timeout=1500ms") as old:
+            old.execute(f"set transaction isolation level {level}")
+            old.execute("select from app.unrelated")
+            if gone == "the guards":
+                await r.fence.remove(quiet)
+            else:
+                execute(pair.source, f"drop trigger mover_guard_{r.fence.name}_hand_over on app.documents")
+            execute(pair.source, "update app.documents set tenant_id = %s where id = 2", TENANT)
+            await r.fence.install(guarded, "open", quiet, captures=True)
+            with pytest.raises(psycopg.errors.SerializationFailure):
+                old.execute("update app.versions set note = 'late' where document = 2")
+
+
 WAITING = "select count(*) from pg_stat_activity where wait_event = 'advisory'"
 CHILD_FIRST = "insert into app.versions values (80, 8, 'late')"
 UNDER_A_HELD_OWNER = "update app.versions set note = 'late' where document = 2"
@@ -178,6 +200,18 @@ async def test_where_rows_are_loaded_nobody_waits_for_whoever_holds_an_owner(pai
         fence = PgFence(r.target, TENANT, "there", Identity(r.migration, Epoch(1)), 1.0)
         await fence.install([t.holding(Side.TARGET) for t in r.subject.shape.tables], "closed", quiet)
         with writer(pair.target) as holding, writer(pair.target) as other:
+            holding.execute("select from app.documents where id = 2 for update")
+            other.execute(UNDER_A_HELD_OWNER)
+            other.execute(CHILD_FIRST)
+
+
+async def test_where_the_tenant_may_come_back_nobody_waits_for_whoever_holds_an_owner(pair):
+    async with made_rig(pair, ddl(DEFERRED), Capture.TRIGGER) as r:
+        execute(pair.source, ROWS)
+        async with closed(r):
+            await r.fence.move_away()
+        await r.fence.expect_return()
+        with writer(pair.source) as holding, writer(pair.source) as other:
             holding.execute("select from app.documents where id = 2 for update")
             other.execute(UNDER_A_HELD_OWNER)
             other.execute(CHILD_FIRST)
