@@ -100,8 +100,10 @@ class Guards:
 
     def _let_pass(self, ours: sql.Composable | None = None) -> sql.Composed:
         """`ours`: what tells whether the row is the tenant's, where that is not certain."""
-        moved = self._sql("refuse") if ours is None else self._sql("refuse_if_ours", ours=ours)
-        return self._sql("let_pass", moved=moved)
+        if ours is None:
+            return self._sql("let_pass", moved=self._sql("refuse"))
+        moved = self._sql("refuse_if_ours", ours=ours)
+        return self._sql("let_pass_in_doubt", moved=moved, ours=ours)
 
     async def let_pass_only(self, conn: Connection, tables: Iterable[Holding]) -> None:
         """The functions that write down what they let pass do so no more, and guard as before; in the
@@ -149,6 +151,8 @@ class Guards:
     async def guard(self, conn: Connection, holding: Holding, say: Say) -> None:
         table = holding.table
         conditions = self._conditions(holding)
+        if holding.tenant_column is None:
+            conditions = {kind: _or_in_doubt(condition) for kind, condition in conditions.items()}
         if self._is_filled or holding.tenant_column is None:
             conditions = {kind: self._of_others(condition) for kind, condition in conditions.items()}
         called = {f"{kind}_function": self._called(holding, kind) for kind in conditions}
@@ -203,7 +207,7 @@ class Guards:
 
     def _conditions(self, holding: Holding) -> dict[str, sql.Composable]:
         """Whether a row that is inserted, updated or deleted is the tenant's, before or after; by the kind of
-        the trigger."""
+        the trigger. Of an owned row: NULL where it is in doubt."""
         if holding.tenant_column is not None:
             column, tenant = sql.Identifier(holding.tenant_column), sql.Literal(str(self._tenant))
             new, old = (sql.SQL(f"{row}.{{}} = {{}}").format(column, tenant) for row in ("NEW", "OLD"))
@@ -357,6 +361,10 @@ class Guards:
             "tenant_value": sql.Literal(str(self._tenant)),
         }
         return {**names, **triggers, **constants}
+
+
+def _or_in_doubt(condition: sql.Composable) -> sql.Composed:
+    return sql.SQL("({}) IS NOT FALSE").format(condition)
 
 
 def _aliased(names: Sequence[str]) -> sql.Composed:

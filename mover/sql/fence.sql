@@ -91,6 +91,22 @@ IF current_setting('mover.tenant', true) = {tenant_value} THEN
         END IF;
     END IF;
 
+-- name: let_pass_in_doubt
+-- The same for rows of which it may be in doubt whose they are. At a place that was not opened yet nobody waits
+-- for the tenant's rows to come: who is in doubt goes on, to be waited for and read when it is closed again.
+IF current_setting('mover.tenant', true) = {tenant_value} THEN
+        RETURN NULL;
+    END IF;
+    IF (CASE WHEN pg_try_advisory_xact_lock_shared({key})
+             THEN pg_sequence_last_value('mover.{state_sequence}') END) IS DISTINCT FROM 1
+    THEN
+        IF pg_sequence_last_value('mover.{opened_sequence}') IS NULL AND ({ours}) IS NULL THEN
+            PERFORM mover.{wait_function}();
+        ELSIF NOT mover.{ask_function}() THEN
+            {moved};
+        END IF;
+    END IF;
+
 -- name: refuse
 -- Where the tenant has moved. Locks nothing.
 PERFORM mover.{refuse_function}()
@@ -186,7 +202,8 @@ SELECT n.nspname, c.collname
  ORDER BY r.place
 
 -- name: owned_function
--- Whether a row with these values is the tenant's: looked up in the rows that it refers to, as they are now.
+-- Whether a row with these values is the tenant's: looked up in the rows that it refers to, as they are now;
+-- NULL where that is in doubt, which it is not where the tenant has moved.
 -- Nobody may be fooled about that until its transaction ends, and others should not be in each other's way
 -- for it. An owner is locked FOR KEY SHARE, as an insertion's foreign key does, so that it can neither go nor
 -- give its key to another; what changes whose it is waits for those locks (hand_over_function).
@@ -197,9 +214,14 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $owned$
 DECLARE
     is_ours boolean;
+    is_found boolean;
     has_changed boolean;
+    in_doubt boolean := false;
 BEGIN
     {ties}
+    IF in_doubt AND pg_sequence_last_value('mover.{state_sequence}') <> 4 THEN
+        RETURN NULL;
+    END IF;
     RETURN false;
 END
 $owned$;
@@ -208,6 +230,7 @@ GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}, boolean) TO PUBLI
 -- name: owned_by
 -- One foreign key, in the function above; locks the owner, FOR SHARE at most.
     SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen} FOR KEY SHARE SKIP LOCKED;
+    is_found := FOUND;
     IF is_ours THEN
         RETURN true;
     END IF;
@@ -221,20 +244,19 @@ GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}, boolean) TO PUBLI
         -- Fails where the owner has changed since the transaction's snapshot, which may be older than our triggers:
         -- an earlier trigger that it shows has called another function, of the same name.
         SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen} FOR SHARE;
-    ELSIF has_changed AND is_ours IS NOT NULL THEN
+        is_found := FOUND;
+    ELSIF has_changed AND is_found THEN
         SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen};
+        is_found := FOUND;
     END IF;
-    IF is_ours IS NULL THEN
+    IF is_found THEN
+        in_doubt := in_doubt OR is_ours IS NULL;
+    ELSE
         -- Somebody else holds the owner, or it is still to be made. That is not waited for: two who wait in
-        -- different orders would never end. It may become the tenant's before we end, and is treated so as long
-        -- as anybody follows his writes; the guard asks again behind the fence.
-        IF pg_sequence_last_value('mover.{opened_sequence}') IS NOT NULL
-           AND pg_sequence_last_value('mover.{state_sequence}') <> 4
-        THEN
-            is_ours := coming AND {refers} OR EXISTS (SELECT FROM mover.{owner_view} WHERE {chosen});
-        ELSE
-            SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen};
-        END IF;
+        -- different orders would never end. It may become the tenant's before we end, and is treated so; the
+        -- guard asks again behind the fence.
+        SELECT ours INTO is_ours FROM mover.{owner_view} WHERE {chosen};
+        in_doubt := in_doubt OR FOUND OR coming AND {refers};
     END IF;
     IF is_ours THEN
         RETURN true;

@@ -11,6 +11,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
+from mover.core.errors import CutoverAborted
 from mover.core.ids import Capture, Epoch, Side
 from mover.postgres.connect import Identity
 from mover.postgres.fence import PgFence
@@ -215,6 +216,51 @@ async def test_where_the_tenant_may_come_back_nobody_waits_for_whoever_holds_an_
             holding.execute("select from app.documents where id = 2 for update")
             other.execute(UNDER_A_HELD_OWNER)
             other.execute(CHILD_FIRST)
+
+
+LOGS = "select relname from pg_class where relkind = 'r' and starts_with(relname, 'change_log_')"
+
+
+@IN_DOUBT
+async def test_who_was_in_doubt_before_the_opening_is_waited_for_and_read_after_it(pair, capture, statement):
+    """His transaction may end long after the tenant has begun to work here."""
+    async with made_rig(pair, ddl(DEFERRED), capture) as r:
+        execute(pair.target, ROWS)
+        place = PgFence(r.target, TENANT, "there", Identity(r.migration, Epoch(1)), 1.0)
+        guarded = [t.holding(Side.TARGET) for t in r.subject.shape.tables]
+        captures = capture is Capture.TRIGGER
+        await place.install(guarded, "closed", quiet, captures=captures)
+        with writer(pair.target) as holding, writer(pair.target) as early:
+            holding.execute("select from app.documents where id = 2 for update")
+            early.execute(statement)
+            assert early.execute(HELD).fetchone() == (1,)
+            await place.open()
+            holding.execute("update app.documents set tenant_id = %s where id = 2", (TENANT,))
+            holding.execute("insert into app.documents values (%s, 8, 't')", (TENANT,))
+            holding.commit()
+            await place.get_ready()
+            with pytest.raises(CutoverAborted):
+                await place.close(0.2)
+            early.commit()
+            await place.close(1.0)
+            await place.let_go()
+        if captures:
+            ((log,),) = execute(pair.target, LOGS)
+            written = (
+                f"select count(*) from mover.{log} where relation = 'app.versions'::regclass and part = 0"
+            )
+            assert execute(pair.target, written) == [(1,)]
+
+
+async def test_rows_of_the_tenants_are_refused_where_they_are_loaded_whoever_holds_their_owner(pair):
+    async with made_rig(pair, ddl(DEFERRED), Capture.WAL) as r:
+        execute(pair.target, ROWS)
+        place = PgFence(r.target, TENANT, "there", Identity(r.migration, Epoch(1)), 1.0)
+        await place.install([t.holding(Side.TARGET) for t in r.subject.shape.tables], "closed", quiet)
+        with writer(pair.target) as holding, writer(pair.target) as stale:
+            holding.execute("select from app.documents where id = 1 for update")
+            with pytest.raises(psycopg.errors.SerializationFailure):
+                stale.execute("update app.pages set note = 'late' where version = 10")
 
 
 TENANTS_PAGES = f"""
