@@ -20,6 +20,7 @@ from mover.core.errors import MoverError, first_error
 from mover.core.ids import Capture, Epoch, MigrationId, TenantId
 from mover.core.migration import Claim, MigrationRequest, Place, Progress
 from mover.core.tables import Plan
+from mover.core.triggers import Deadlines
 from mover.engine.daemon import Daemon
 from mover.engine.move import Limits, Move
 from mover.log import logger
@@ -89,6 +90,11 @@ class Workshop:
             clock=SystemClock(),
             lease_s=engine.lease_seconds,
             max_active=engine.max_active_migrations,
+            deadlines=Deadlines(
+                whole_s=engine.timeout_hours * 3600,
+                phase_s=engine.phase_timeout_hours * 3600,
+                unreachable_s=engine.unreachable_minutes * 60,
+            ),
             metrics=MetricsObserver(self.metrics),
         )
 

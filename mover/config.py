@@ -226,6 +226,10 @@ class Engine(_Section):
     monitoring_hours: MonitoringHours = MonitoringHours()
     tombstone_days: float = Field(default=7, ge=0)
     abandoned_hours: float = Field(default=24, ge=0)  # what a rollback leaves on the target, to be looked at
+    # Until the switch; 0: no matter how long. What takes longer is rolled back.
+    timeout_hours: float = Field(default=2, ge=0)
+    phase_timeout_hours: float = Field(default=2, ge=0)
+    unreachable_minutes: float = Field(default=10, ge=0)  # the target
     max_active_migrations: int = Field(default=5, ge=1)  # of one daemon; each holds snapshots and connections
     lease_seconds: float = Field(default=10, ge=1)  # a dead daemon's migrations are taken over after so long
 

@@ -23,6 +23,7 @@ from mover.core.migration import (
 from mover.core.snapshot import Snapshot
 from mover.core.states import Phase, Status
 from mover.core.tables import MovedTable, Plan
+from mover.core.triggers import Trigger
 
 
 class Clock(Protocol):
@@ -76,6 +77,11 @@ class MoveStore(Protocol):
         outcome: Status | None = None,
     ) -> None:
         """Change the status as STATUS_NEXT allows; stamps completed_at / rolled_back_at; clears the wish."""
+        ...
+
+    async def trigger(self, claim: Claim, trigger: Trigger, why: str) -> bool:
+        """Wish for a rollback as an operator would, with a line in the audit; False where something is wished
+        already, or nothing can be rolled back."""
         ...
 
     async def note_error(self, claim: Claim, error: Mapping[str, str]) -> None:

@@ -132,6 +132,9 @@ class Progress:
     eta_seconds: float | None = None
     pause_ms: float | None = None
     waiting_for: str | None = None  # why nothing moves right now, for people
+    worked_s: float = 0.0  # until the switch, tries and the time between them; not while it was paused
+    phase_worked_s: float = 0.0  # of these, in this phase
+    failing_s: float = 0.0  # of these, since it last got on
     capture: str | None = None  # how the source's changes are followed
     evidence: dict[str, object] = field(default_factory=dict)  # roots, counts, markers
 

@@ -19,7 +19,8 @@ import structlog
 from mover.core.errors import Conflict, LeaseLost, MoverError, Remedy, VerificationFailed
 from mover.core.migration import Claim, Migration, Progress, Wish
 from mover.core.states import Status
-from mover.engine.move import WISH_S, Move
+from mover.core.triggers import Deadlines, Trigger, overdue
+from mover.engine.move import TRIGGER, WISH_S, Move
 from mover.engine.switch import CANCEL_PATIENCE_S
 from mover.ports import Clock, MoveStore
 
@@ -58,6 +59,7 @@ class Daemon:
     clock: Clock
     lease_s: float
     max_active: int
+    deadlines: Deadlines
     metrics: DaemonMetrics
     _active: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _watched: set[str] = field(default_factory=set)  # those of them whose source follows their target
@@ -106,7 +108,9 @@ class Daemon:
         migration = claim.migration
         structlog.contextvars.bind_contextvars(migration=str(migration.id), tenant=str(migration.tenant))
         log.info("claimed", action="claim", epoch=claim.epoch, status=migration.status.value)
-        work = Work(claim, self.store, self.make_move, self.clock, self.lease_s, self._failures)
+        work = Work(
+            claim, self.store, self.make_move, self.clock, self.lease_s, self.deadlines, self._failures
+        )
         try:
             await work.run()
             if work.ended not in (None, Status.MONITORING):
@@ -128,16 +132,19 @@ class Work:
     make_move: MoveMaker
     clock: Clock
     lease_s: float
+    deadlines: Deadlines
     failures: dict[str, int]
     progress: Progress = field(default_factory=Progress)
     ended: Status | None = None
     _wish: Wish | None = None
     _move: Move | None = None
+    _began_at: float = 0.0
 
     async def run(self) -> None:
         """Work until the migration rests, and leave it so that any daemon can go on."""
         self.progress = await self.store.load_progress(self.claim)
         self.progress.waiting_for = None
+        self._began_at = self.clock.monotonic()
         task = asyncio.create_task(self._attempt(), name="attempt")
         heart = asyncio.create_task(self._beat(task), name="heartbeat")
         eyes = asyncio.create_task(self._watch(), name="measure")
@@ -211,6 +218,8 @@ class Work:
                 await self.store.set_status(self.claim, Status.PAUSED, error=facts)
                 await self.store.release(self.claim)
             case Remedy.ABORT if not undoing and not await self.store.is_switched(self.claim):
+                if isinstance(error, VerificationFailed):
+                    await self.store.save_note(self.claim, TRIGGER, Trigger.INTEGRITY.value)
                 await self.store.set_status(
                     self.claim, Status.ROLLING_BACK, error=facts, outcome=Status.FAILED
                 )
@@ -232,10 +241,38 @@ class Work:
         self.failures[key] = self.failures.get(key, 0) + 1
         first, longest = BACKOFF_S
         delay = min(longest, first * 2 ** (self.failures[key] - 1))
+        self._pass_time(delay)
+        attempt_s = self.clock.monotonic() - self._began_at
+        self.progress.failing_s = delay + attempt_s + (self.progress.failing_s if attempt_s < longest else 0)
         self.progress.waiting_for = f"{error}; trying again in {delay:.0f} s"
         await self._save()
         await self.store.note_error(self.claim, describe(error))
+        await self._ask_if_overdue()
+        await self._ask_without_target()
         await self.store.release(self.claim, delay)
+
+    def _pass_time(self, seconds: float) -> None:
+        self.progress.worked_s += seconds
+        self.progress.phase_worked_s += seconds
+
+    async def _ask_if_overdue(self) -> None:
+        """Ask for a rollback where the switch takes too long to come."""
+        if self.claim.migration.status is Status.IN_PROGRESS and (
+            found := overdue(self.progress, self.deadlines)
+        ):
+            await self._ask_for_rollback(*found)
+
+    async def _ask_without_target(self) -> None:
+        longest = self.deadlines.unreachable_s
+        if not 0 < longest < self.progress.failing_s or self.claim.migration.status is not Status.IN_PROGRESS:
+            return
+        if self._move is not None and not await self._move.site.target_answers():
+            why = f"the target has not answered for {self.progress.failing_s / 60:.1f} minutes"
+            await self._ask_for_rollback(Trigger.TARGET_UNREACHABLE, why)
+
+    async def _ask_for_rollback(self, trigger: Trigger, why: str) -> None:
+        if await self.store.trigger(self.claim, trigger, why):
+            await self.store.event(self.claim, f"rollback asked by {trigger}: {why}", "error")
 
     async def _obey(self) -> None:
         """The task was cancelled: by a wish, or because the daemon stops."""
@@ -289,9 +326,15 @@ class Work:
             await self.clock.sleep(WISH_S if self._wish is not None else min(PROGRESS_S, beat_every))
 
     async def _watch(self) -> None:
-        """Show progress; apart from the heartbeat, which must not wait for source or target."""
+        """Show progress, and whether it takes too long; apart from the heartbeat, which must not wait for
+        source or target."""
+        looked_at = self.clock.monotonic()
         while True:
+            now = self.clock.monotonic()
+            self._pass_time(now - looked_at)
+            looked_at = now
             try:
+                await self._ask_if_overdue()
                 if self._move is not None:
                     await self._move.measure()
                 await self._save()

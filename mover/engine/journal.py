@@ -39,6 +39,8 @@ class Journal:
         started = self.clock.monotonic()
         if not self.was_reached(phase) or self.claim.migration.phase is phase:
             await self.store.enter_phase(self.claim, phase)
+        if not self.was_reached(phase):
+            self.progress.phase_worked_s = 0.0
         structlog.contextvars.bind_contextvars(phase=phase.value)
         looking_again = phase is Phase.MONITOR and self.claim.migration.phase is phase
         if not looking_again:

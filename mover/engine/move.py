@@ -30,6 +30,7 @@ from mover.core.errors import (
 from mover.core.migration import Claim, Place, Progress
 from mover.core.states import Phase, Status
 from mover.core.tables import MovedTable, Plan, Shape
+from mover.core.triggers import Trigger
 from mover.engine.align import Alignment
 from mover.engine.copy import WaveCopy
 from mover.engine.figures import Figures
@@ -59,6 +60,7 @@ COMPARE_INTERVAL_S = 60.0
 NOTHING_SWITCHED = "Nothing was switched."
 RETURN = "return.switch"  # the step in which a tenant is brought back
 DAMAGE = "damage_after_switch"  # the note that keeps the source from being cleaned
+TRIGGER = "trigger"  # the note of what has asked for the rollback
 SERVERS = "servers"  # the note that keeps which ones they were
 SETTLE_INTERVAL_S = 0.2
 
@@ -135,11 +137,13 @@ class Move:
                 await self._clear_target(plan.shape)
         self.site.rest()
         outcome = self.claim.migration.outcome or Status.CANCELLED
+        asked_by = Trigger.OPERATOR.value if outcome is Status.ROLLED_BACK else None
+        trigger = (await self.store.load_notes(self.claim)).get(TRIGGER, asked_by)
         if has_returned:
             await self.store.tombstone(self.claim, 0, self.limits.abandoned_s)
         await self.store.set_status(self.claim, outcome, error=self.claim.migration.error)
-        if outcome is Status.ROLLED_BACK:
-            self.observer.rolled_back("operator")
+        if trigger is not None:
+            self.observer.rolled_back(str(trigger))
         return outcome
 
     async def clear_abandoned(self) -> None:

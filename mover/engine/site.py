@@ -101,6 +101,10 @@ class Site(Protocol):
         """The target's database exists and answers."""
         ...
 
+    async def target_answers(self) -> bool:
+        """Whether anybody can be served there."""
+        ...
+
     async def server_identities(self) -> Mapping[str, str]:
         """System identifier and timeline of each side: they change with a restore or a promotion."""
         ...

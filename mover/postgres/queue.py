@@ -19,6 +19,7 @@ from mover.core.plan_codec import decode_plan, encode_plan
 from mover.core.secret import Secret
 from mover.core.states import PHASES, Phase, Status, check_status
 from mover.core.tables import Plan
+from mover.core.triggers import Trigger
 from mover.postgres.platform_pool import Connection, PlatformPool
 from mover.postgres.rows import COLUMNS, jsonb, migration_of, progress_document, progress_of, step_of
 from mover.sql import load
@@ -96,6 +97,14 @@ class ClaimStore:
                     "outcome": outcome.value if outcome else None,
                 },
             )
+
+    async def trigger(self, claim: Claim, trigger: Trigger, why: str) -> bool:
+        async with self._pool.transaction() as conn:
+            await _lock(conn, claim)
+            facts = {"code": trigger.value, "message": f"rolled back: {why}"}
+            parameters = {"id": claim.migration.id, "trigger": trigger.value, "error": jsonb(facts)}
+            cursor = await conn.execute(_QUERIES["trigger"], parameters | {"audited": jsonb({"why": why})})
+            return await cursor.fetchone() is not None
 
     async def note_error(self, claim: Claim, error: Mapping[str, str]) -> None:
         await self._owned("note_error", claim, error=jsonb(dict(error)))

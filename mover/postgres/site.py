@@ -114,6 +114,13 @@ class PgSite:
         async with self.target.borrow("provision") as conn:
             await conn.execute("SELECT 1")
 
+    async def target_answers(self) -> bool:
+        try:
+            async with self.target.connect("probe"):
+                return True
+        except Unreachable:
+            return False
+
     async def server_identities(self) -> Mapping[str, str]:
         found = {}
         for side, database in ((Side.SOURCE, self.source), (Side.TARGET, self.target)):

@@ -139,6 +139,21 @@ returning 1
 insert into platform.migration_events (migration_id, level, message, facts)
 values (%(id)s, 'info', %(message)s, %(facts)s)
 
+-- name: trigger
+-- Runs under lock_claim. No row where something is wished for already, or nothing can be rolled back; so it may
+-- be repeated.
+with wished as (
+    update platform.tenant_migrations
+       set wish = 'rollback', error = %(error)s,
+           notes = notes || jsonb_build_object('trigger', %(trigger)s::text)
+     where id = %(id)s and wish is null and status in ('in_progress', 'monitoring')
+    returning id
+), audited as (
+    insert into platform.audit (who, role, action, subject, result, facts)
+    select 'mover', 'admin', 'rollback: ' || %(trigger)s, id::text, 'ok', %(audited)s from wished
+)
+select id from wished
+
 -- name: tombstone
 -- Locks the migration's row. The quiet time begins anew when the number of refused writes has changed,
 -- so repeating it changes nothing but the time of the next check.

@@ -8,6 +8,7 @@ import contextlib
 import psycopg
 
 from mover.app import SystemClock
+from mover.core.triggers import Deadlines
 from mover.engine.daemon import Daemon
 from tests.support.queue import CORE, add_tenant, platform_database, store_on, to_estate
 from tests.support.waiting import until
@@ -30,7 +31,7 @@ async def test_a_bug_ends_a_migration_instead_of_being_met_for_ever(pg16, make_d
     await platform_database(url)
     async with store_on(url) as store:
         await store.submit(to_estate(await add_tenant(url)), CORE)
-        daemon = Daemon("one", store, broken, SystemClock(), lease_s=10, max_active=5, metrics=Deaf())
+        daemon = Daemon("one", store, broken, SystemClock(), 10, 5, Deadlines(0, 0, 0), Deaf())
         running = asyncio.create_task(daemon.run())
         # Called off after the first time; halted after the second, since it cannot be undone either.
         await until(lambda: row(url)[:-1] == ("rolling_back", "internal", True, 2, True))

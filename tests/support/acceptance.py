@@ -117,6 +117,7 @@ class Scene:
     ledger: TimedLedger = field(default_factory=TimedLedger)
     watches: list[Watch] = field(default_factory=list)
     workloads: int = 0
+    detours: dict[str, str] = field(default_factory=dict)  # other URLs by which daemons reach homes
 
     @property
     def tenant(self) -> TenantId:
@@ -136,7 +137,7 @@ class Scene:
         stage = Stage(
             self.folder,
             platform_url=self.platform.url,
-            verticals={name: home.url for name, home in self.homes.items()},
+            verticals={name: home.url for name, home in self.homes.items()} | self.detours,
             redis_url=self.redis_url,
             engine=settings,
             name=name,

@@ -18,6 +18,7 @@ from mover import config
 from mover.cli import build_parser
 from mover.config import load_config
 from mover.core.states import PHASES, Status
+from mover.core.triggers import TRIGGERS, Trigger
 from mover.metrics import Metrics
 from tests.support.pictures import with_states
 
@@ -53,6 +54,12 @@ def test_every_status_and_phase_is_explained() -> None:
     for status in Status:
         assert f"`{status}`" in statuses
     assert list(table_rows("phase")) == [f"`{phase}`" for phase in PHASES]
+
+
+def test_every_trigger_is_explained_by_its_table() -> None:
+    shown = {f"`{trigger}`": [course.before, course.after] for trigger, course in TRIGGERS.items()}
+    assert table_rows("trigger") == shown
+    assert set(TRIGGERS) == set(Trigger)
 
 
 def test_every_command_is_shown() -> None:

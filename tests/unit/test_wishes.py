@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from mover.core.migration import Progress, Wish
 from mover.core.states import Status
+from mover.core.triggers import Deadlines
 from mover.engine.daemon import Work
 
 LEASE_S = 3600.0  # a second heartbeat is out of reach
@@ -83,7 +84,7 @@ async def outcome(move: SimpleNamespace) -> Status | None:
         move.measure, move.site = measure, SimpleNamespace(rest=lambda: None)
         return move
 
-    work = asyncio.create_task(Work(claim, store, make_move, Clock(), LEASE_S, {}).run())
+    work = asyncio.create_task(Work(claim, store, make_move, Clock(), LEASE_S, Deadlines(0, 0, 0), {}).run())
     ended, _ = await asyncio.wait([work], timeout=5)
     work.cancel()
     assert ended

@@ -1,0 +1,78 @@
+"""Rollbacks that begin by themselves."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+
+from tests.acceptance.test_lifecycle import metric
+from tests.support.acceptance import CORE, ESTATE, Home, Scene, Watch, at, clean, killed, until_stopped
+from tests.support.checks import leftovers
+from tests.support.proxy import proxied
+from tests.support.waiting import until
+
+SECONDS = 1 / 3600  # of an hour
+AUDITED = "select action, result from platform.audit where who = 'mover' and subject = %s"
+
+
+@contextmanager
+def open_for_long(home: Home, scene: Scene) -> Iterator[None]:
+    """A transaction that has written a row of the tenant's: no cutover can happen beside it."""
+    with psycopg.connect(home.url) as conn:
+        conn.execute("insert into core_crm.activities (tenant_id, kind) values (%s, 'call')", (scene.tenant,))
+        yield
+        conn.rollback()
+
+
+def audited(scene: Scene, watch: Watch) -> list[tuple]:
+    return scene.platform.execute(AUDITED, watch.id)
+
+
+@pytest.mark.parametrize(
+    ("setting", "trigger"),
+    [("timeout_hours", "migration_timeout"), ("phase_timeout_hours", "phase_timeout")],
+)
+async def test_a_migration_that_takes_too_long_is_rolled_back(pg16, pg18, make_scene, setting, trigger):
+    scene = make_scene(pg16, pg18)
+    watch = scene.watch()
+    async with (
+        scene.daemon(abandoned_hours=0, **{setting: 6 * SECONDS}) as stage,
+        scene.writing() as workload,
+    ):
+        with open_for_long(scene.homes[CORE], scene):
+            await watch.submit(stage)
+            await watch.until("rolling_back")
+        await watch.until("rolled_back")
+        assert audited(scene, watch) == [(f"rollback: {trigger}", "ok")]
+        assert watch._read()["error"]["code"] == trigger
+        assert metric(stage, f'mover_rollbacks_total{{trigger="{trigger}"}}') == 1
+    clean(workload.report())
+    watch.check_undone("rolled_back")
+
+
+async def test_a_target_that_does_not_answer_frees_the_source_and_is_cleared_later(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    core = scene.homes[CORE]
+    watch = scene.watch()
+    async with proxied(scene.homes[ESTATE].url) as proxy:
+        scene.detours[ESTATE] = proxy.url
+        stage = scene.stage(unreachable_minutes=0.1)
+        async with scene.writing() as workload, killed(stage):
+            await stage.start(**at("copy.chunk", signal.SIGSTOP))
+            await watch.submit(stage)
+            await until_stopped(stage)
+            proxy.cut()
+            stage.send_signal(signal.SIGCONT)
+            await watch.until("rolling_back")
+            await until(lambda: leftovers(core.url) == [])
+            assert watch._read()["status"] == "rolling_back"
+            proxy.restore()
+            assert (await stage.run("resume", watch.id))[0] == 0
+            await watch.until("rolled_back")
+            assert audited(scene, watch) == [("rollback: target_db_unreachable", "ok")]
+        clean(workload.report())
+    watch.check_undone("rolled_back")
