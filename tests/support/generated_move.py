@@ -22,6 +22,7 @@ from mover.core.ids import Capture, Side, TenantId, Tier
 from mover.core.migration import Claim, MigrationRequest
 from mover.core.secret import Secret
 from mover.core.states import Status
+from mover.core.triggers import Deadlines
 from mover.demo.servers import Cluster
 from mover.engine import daemon, move, ordinary_roles
 from mover.engine.daemon import Work
@@ -347,7 +348,7 @@ class _Run:
         await self._work(claim, store, workshop)
 
     async def _work(self, claim: Claim, store: GatedStore, workshop: Workshop) -> None:
-        await Work(claim, store, workshop.move, SystemClock(), LEASE_S, {}).run()  # type: ignore[arg-type]
+        await Work(claim, store, workshop.move, SystemClock(), LEASE_S, Deadlines(0, 0, 0), {}).run()  # type: ignore[arg-type]
         task = asyncio.current_task()
         if task is not None and task.cancelling():  # a stop, which the work has taken as a daemon's
             raise asyncio.CancelledError
