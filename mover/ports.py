@@ -404,12 +404,21 @@ class ApplyTarget(Protocol):
 class Copier(Protocol):
     """Copies chunks from a snapshot of the source into the target."""
 
-    async def plan_chunks(self, table: MovedTable, snapshot_id: str) -> Sequence[Chunk]:
-        """Split the tenant's rows of `table` by key; recorded on the target before they are used."""
+    async def plan_chunks(
+        self, table: MovedTable, snapshot_id: str, *, done: bool = False
+    ) -> Sequence[Chunk]:
+        """Split the tenant's rows of `table` by key; recorded on the target before they are used.
+
+        `done`: they are held to be there."""
         ...
 
     async def chunks(self) -> Mapping[TableRef, Sequence[Chunk]]:
         """All recorded chunks, by source table."""
+        ...
+
+    async def take_back(self, table: MovedTable, chunk: Chunk) -> None:
+        """Remove a chunk's rows from the target, where no foreign key acts on that, and record in the same
+        transaction that they are not there. Not of a table that owns others, or is owned."""
         ...
 
     def worker(self, snapshot_id: str) -> AbstractAsyncContextManager[ChunkWorker]: ...

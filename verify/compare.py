@@ -66,6 +66,25 @@ async def compare_keys(
     return Verdict(tuple(sorted(await _each(keys.items(), one), key=lambda verdict: verdict.table)))
 
 
+async def differing(
+    table: MovedTable,
+    ranges: Sequence[KeyRange],
+    source: DigestReader,
+    target: DigestReader,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> frozenset[KeyRange]:
+    """Those of `ranges` in which the sides differ; `progress` hears of each range's rows on the source."""
+    walk = _Walk(source, target)
+
+    async def one(part: KeyRange) -> bool:
+        ours, theirs = await walk.digests(table, part)
+        progress(ours.rows)
+        return ours != theirs
+
+    differ = await _each(ranges, one)
+    return frozenset(part for part, does in zip(ranges, differ, strict=True) if does)
+
+
 @dataclass
 class _Walk:
     source: DigestReader
@@ -86,7 +105,7 @@ class _Walk:
         differences = Differences()
 
         async def leaf(part: Part) -> tuple[LeafDigest, LeafDigest]:
-            ours, theirs = await self._digests(table, part)
+            ours, theirs = await self.digests(table, part)
             if ours != theirs:
                 async with self._narrowing:
                     await self._narrow(table, part, ours, theirs, differences)
@@ -114,7 +133,7 @@ class _Walk:
             return
         fuller = self.source if ours.rows >= theirs.rows else self.target
         for smaller in part.cut(await fuller.boundaries(table, part, self.rows_per_leaf)):
-            ours, theirs = await self._digests(table, smaller)
+            ours, theirs = await self.digests(table, smaller)
             if ours != theirs:
                 await self._narrow(table, smaller, ours, theirs, differences)
 
@@ -125,7 +144,7 @@ class _Walk:
             columns = differing_columns([column.name for column in table.copied], ours, theirs)
         return Mismatch(table.source, differences, columns, schema)
 
-    async def _digests(self, table: MovedTable, part: Part) -> tuple[LeafDigest, LeafDigest]:
+    async def digests(self, table: MovedTable, part: Part) -> tuple[LeafDigest, LeafDigest]:
         return await self._both(lambda side: side.digest(table, part))
 
     async def _both(self, ask: Callable[[DigestReader], Awaitable[R]]) -> tuple[R, R]:

@@ -77,9 +77,10 @@ class Refused(MoverError):
 
 
 class SlotLost(MoverError):
-    """The source dropped WAL that we still needed, or the slot is not the one we made."""
+    """The source dropped WAL that we still needed, or the slot is not the one we made. Both sides are
+    compared, and what differs is copied anew."""
 
-    code, remedy = "slot_lost", Remedy.ABORT
+    code, remedy = "slot_lost", Remedy.RETRY
 
 
 class SchemaChanged(MoverError):
@@ -144,9 +145,18 @@ class OutcomeUnknown(MoverError):
 
 
 class ServerChanged(MoverError):
-    """A server's identity or timeline is not the one this migration began with."""
+    """A server's identity or timeline is another one than before: a standby was promoted, or a backup was
+    restored, which may lack what was acknowledged.
 
-    code, remedy = "server_changed", Remedy.HALT
+    Both sides are compared, and what differs is copied anew."""
+
+    code, remedy = "server_changed", Remedy.RETRY
+
+
+class CannotResynchronise(MoverError):
+    """What was to come from the source is lost, and what differs cannot be copied anew by itself."""
+
+    code, remedy = "cannot_resynchronise", Remedy.ABORT
 
 
 @dataclass(eq=False)

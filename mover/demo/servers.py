@@ -233,25 +233,25 @@ class PostgresServer(Cluster):
         return self._guarded
 
     @property
-    def _data(self) -> Path:
+    def data(self) -> Path:
         return self._running.home / "data"
 
     def _init(self) -> None:
         initdb = executable(self.binary("initdb"))
         options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
         with self._running.log.open("ab") as log:
-            code = launch([initdb, *options, "-D", self._data], self._running.home, log).wait()
+            code = launch([initdb, *options, "-D", self.data], self._running.home, log).wait()
         if code:
             raise ServerFailed(f"initdb failed\n{self._running.tail()}")
-        with (self._data / "postgresql.conf").open("a") as conf:
+        with (self.data / "postgresql.conf").open("a") as conf:
             conf.writelines(f"{name} = '{value}'\n" for name, value in self.settings.items())
-        (self._data / "pg_hba.conf").write_text(HBA)
+        (self.data / "pg_hba.conf").write_text(HBA)
 
     def _run(self) -> bool:
         """False when something of the operating system's was still taken: the port, shared memory."""
         log_start = self._running.log.stat().st_size
         postgres = executable(self.binary("postgres"))
-        self._running.start([postgres, "-D", self._data, "-p", str(self.port)])
+        self._running.start([postgres, "-D", self.data, "-p", str(self.port)])
         if wait_until(self._is_ready, self._running.ended):
             return True
         self._running.end(signal.SIGINT)
@@ -264,7 +264,7 @@ class PostgresServer(Cluster):
 
     def _is_ready(self) -> bool:
         try:
-            lines = (self._data / "postmaster.pid").read_text().splitlines()
+            lines = (self.data / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
             return False
         process = self._running.process

@@ -37,8 +37,10 @@ from mover.engine.figures import Figures
 from mover.engine.flow import Flow, open_flow
 from mover.engine.follow import Follower
 from mover.engine.journal import Journal
+from mover.engine.losses import LOST, LOST_BACK, found_again, is_lost, note_changed_servers, noting_loss
 from mover.engine.observer import Observer
 from mover.engine.preflight import refusal
+from mover.engine.resync import Resync
 from mover.engine.site import Site
 from mover.engine.switch import ReturnDecision, RouteDecision, to_the_end
 from mover.engine.verify import Verification
@@ -61,7 +63,6 @@ NOTHING_SWITCHED = "Nothing was switched."
 RETURN = "return.switch"  # the step in which a tenant is brought back
 DAMAGE = "damage_after_switch"  # the note that keeps the source from being cleaned
 TRIGGER = "trigger"  # the note of what has asked for the rollback
-SERVERS = "servers"  # the note that keeps which ones they were
 SETTLE_INTERVAL_S = 0.2
 
 
@@ -106,7 +107,9 @@ class Move:
         self.journal = Journal(self.claim, self.store, self.progress, self.clock, self.observer.phase_took)
         self.may_rest = not self.journal.was_reached(Phase.CUTOVER)
         self.alignment = Alignment(self.claim, self.store, self.site, self.journal.say)
-        self.way_back = WayBack(self.claim, self.store, self.site, self.journal, self.progress, self.observer)
+        self.way_back = WayBack(
+            self.claim, self.store, self.site, self.journal, self.progress, self.observer, self._restore
+        )
         self._figures = Figures(self.progress, self.clock)
 
     async def run(self) -> Status:
@@ -114,8 +117,9 @@ class Move:
         if self.journal.was_reached(Phase.CUTOVER) and await self._settle_earlier():
             plan = await self._stored_plan()
         else:
-            plan = await self._begin()
-            await self._transfer(plan.shape)
+            async with noting_loss(self.store, self.claim, LOST):
+                plan = await self._begin()
+                await self._transfer(plan.shape)
         is_over = self.journal.was_reached(Phase.CLEANUP)
         if not is_over and not await self._monitor(plan.shape):
             return Status.MONITORING
@@ -238,22 +242,18 @@ class Move:
         await step("prepare.identity", self.site.identify_rows, shape, wait_for)
         await step("prepare.sequences", self.site.reserve_sequences, shape)
         await step("prepare.guards", self.site.guard, shape, wait_for)
+        if await is_lost(self.store, self.claim, LOST):
+            await step("prepare.stream_anew", self.site.begin_anew, shape, wait_for)
         await step("prepare.stream", self.site.publish, shape, wait_for)
         return plan
 
     async def _know_servers(self) -> None:
-        """Keep which servers the migration began with, or check that they still are those.
+        if changed := await note_changed_servers(self.store, self.claim, self.site, LOST):
+            await self.journal.say(changed, "warning")
 
-        A server that was restored or promoted may have lost what was acknowledged on it."""
-        found = dict(await self.site.server_identities())
-        known = (await self.store.load_notes(self.claim)).get(SERVERS)
-        if known is None:
-            await self.store.save_note(self.claim, SERVERS, found)
-        elif known != found:
-            raise ServerChanged(
-                f"another server than the migration began with: {known} then, {found} now",
-                hint="A standby was promoted or a backup restored. Cancel the migration and start it again.",
-            )
+    async def _must_be_the_same_servers(self) -> None:
+        if changed := await note_changed_servers(self.store, self.claim, self.site, LOST):
+            raise ServerChanged(changed)
 
     async def _transfer(self, shape: Shape) -> None:
         """Rows flow: copy, follow, prove, switch. One follower serves all four."""
@@ -262,14 +262,19 @@ class Move:
             open_flow(self.site, shape, tenant, self.progress, self.observer, check, NOTHING_SWITCHED)
         ) as flow:
             follower, verification = flow.follower, flow.verification
-            copy = self._copy_of(flow)
+            copy = self._copy_of(flow, self.progress)
+            self._show_totals(shape)
             async with self.alignment.noticing():
                 await copy.load()
+                if lost := await is_lost(self.store, self.claim, LOST):
+                    flow.link.target.set_copied({})
                 await follower.start()
                 with first_error():
                     async with asyncio.TaskGroup() as tasks:
                         following = tasks.create_task(follower.run(), name="follower")
                         async with self.journal.phase(Phase.COPY):
+                            if lost:
+                                await self._resynchronise(flow, LOST)
                             await copy.run()
                         async with self.journal.phase(Phase.INDEX):
                             await follower.catch_up_once()  # foreign keys: with what has been corrected
@@ -330,10 +335,27 @@ class Move:
             gate=gate,
         )
 
-    def _copy_of(self, flow: Flow) -> WaveCopy:
-        shape = flow.shape
+    async def _resynchronise(self, flow: Flow, note: str, *, everything: bool = False) -> None:
+        """What the target holds of the source is what it held when changes were lost."""
+        await self.journal.say("changes are lost: both sides are compared, and what differs is copied anew")
+        resync = Resync(
+            flow, self.claim.migration.tenant, self.clock, self.limits.wave_seconds, self.journal.say
+        )
+        await resync.run(everything=everything)
+        await found_again(self.store, self.claim, note)
+
+    async def _restore(self, flow: Flow) -> None:
+        """The source has missed changes of the target that it follows."""
+        async with self.journal.line("back.resynchronise"):
+            await self._resynchronise(flow, LOST_BACK, everything=True)
+            await self._copy_of(flow, Progress()).run()
+
+    def _show_totals(self, shape: Shape) -> None:
         self.progress.rows_total = sum(t.estimated_rows for t in shape.tables)
         self.progress.bytes_total = sum(t.estimated_bytes for t in shape.tables)
+
+    def _copy_of(self, flow: Flow, progress: Progress) -> WaveCopy:
+        shape = flow.shape
 
         async def build_keys(tables: list[MovedTable]) -> None:
             await self.site.build_keys(shape, tables)
@@ -343,7 +365,7 @@ class Move:
             copier=flow.link.copier,
             target=flow.link.target,
             follower=flow.follower,
-            progress=self.progress,
+            progress=progress,
             clock=self.clock,
             workers=self.limits.copy_workers,
             wave_seconds=self.limits.wave_seconds,
@@ -364,7 +386,7 @@ class Move:
         """The tenant goes to the target."""
 
         async def get_ready() -> None:
-            await self._know_servers()
+            await self._must_be_the_same_servers()
             await self.site.check_schemas(flow.shape)
             await self.site.carry_remarks(flow.shape, self.journal.say)
             await self.site.check_references(flow.shape, self.journal.say)

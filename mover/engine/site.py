@@ -183,6 +183,12 @@ class Site(Protocol):
         """The publication, then the slot, then the stream's starting position on the target."""
         ...
 
+    async def begin_anew(self, shape: Shape, say: Say) -> None:
+        """What was to come from the source is lost: another slot, where there was one, and no progress.
+
+        Nothing that is on the target is held to be what the source has."""
+        ...
+
     async def guard_departure(self, shape: Shape, say: Say) -> None:
         """Of a way back: guards on its source, the migration's target, which may have to write down what they
         let pass. The fence stays as it is."""

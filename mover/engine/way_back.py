@@ -10,7 +10,7 @@ written to the target stands before that, and what the tenant writes there behin
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from mover.core.plan_codec import decode_plan, encode_plan
 from mover.core.tables import Finding, Plan, Shape
 from mover.engine.flow import Flow, open_flow
 from mover.engine.journal import Journal
+from mover.engine.losses import LOST_BACK, is_lost, note_changed_servers, noting_loss
 from mover.engine.observer import Observer
 from mover.engine.site import Site
 from mover.ports import MoveStore
@@ -43,6 +44,7 @@ class WayBack:
     journal: Journal
     progress: Progress
     observer: Observer
+    restore: Callable[[Flow], Awaitable[None]]  # makes both sides equal again after changes were lost
     _plan: Plan | None = None  # as it is noted
     _stamp: str = ""  # of the target's schemas when both sides were last found equal
 
@@ -81,15 +83,30 @@ class WayBack:
         if plan.refusals:
             reasons = "; ".join(finding.message for finding in plan.refusals)
             raise NoWayBack(f"there is no way back: {reasons}", hint=plan.refusals[0].hint)
+        async with noting_loss(self.store, self.claim, LOST_BACK):
+            lost = await self._has_lost(plan.shape)
+            async with self._flow(plan.shape) as flow:
+                there = {} if lost else {table.source: EVERYTHING for table in plan.shape.tables}
+                flow.link.target.set_copied(there)
+                if await flow.link.target.progress() == NOT_BEGUN:
+                    raise NoWayBack("there is no way back: it did not begin with the switch")
+                await flow.follower.start()
+                if lost:
+                    await self.restore(flow)
+                yield flow
+
+    def _flow(self, shape: Shape) -> AbstractAsyncContextManager[Flow]:
         back, tenant = self.site.back(), self.claim.migration.tenant
-        async with open_flow(
-            back, plan.shape, tenant, self.progress, self.observer, self._check, STILL_THERE
-        ) as flow:
-            flow.link.target.set_copied({table.source: EVERYTHING for table in plan.shape.tables})
-            if await flow.link.target.progress() == NOT_BEGUN:
-                raise NoWayBack("there is no way back: it did not begin with the switch")
-            await flow.follower.start()
-            yield flow
+        return open_flow(back, shape, tenant, self.progress, self.observer, self._check, STILL_THERE)
+
+    async def _has_lost(self, shape: Shape) -> bool:
+        """Whether changes will never come; then those that come begin anew."""
+        if changed := await note_changed_servers(self.store, self.claim, self.site, LOST_BACK):
+            await self.journal.say(f"the way back: {changed}", "warning")
+        if not await is_lost(self.store, self.claim, LOST_BACK):
+            return False
+        await self.journal.step("back.stream_anew", self.site.back().begin_anew, shape, self.journal.wait_for)
+        return True
 
     async def remove(self, prefix: str) -> None:
         """What `prepare` has made, but for guards; the steps in the journal begin with `prefix`."""

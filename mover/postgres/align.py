@@ -86,7 +86,7 @@ async def forget_chunks(target: Database, identity: Identity, tables: Collection
     names = [[t.schema for t in tables], [t.name for t in tables]]
     async with target.borrow("chunks") as conn, conn.transaction():
         await owner.hold(conn, identity)
-        await conn.execute(load("alignment")["forget_chunks"], (identity.migration, *names))
+        await conn.execute(load("alignment")["forget_chunks"], (identity.stream, *names))
 
 
 async def follow(target: Database, identity: Identity, changes: Collection[Difference], say: Say) -> None:

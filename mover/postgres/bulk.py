@@ -38,16 +38,31 @@ class BulkCopier:
         self._source, self._target = source, target
         self._shape, self._tenant, self._identity = shape, tenant, identity
 
-    async def plan_chunks(self, table: MovedTable, snapshot_id: str) -> Sequence[Chunk]:
+    async def plan_chunks(
+        self, table: MovedTable, snapshot_id: str, *, done: bool = False
+    ) -> Sequence[Chunk]:
         bounds = [] if await self._is_whole(table) else await self._bounds(table, snapshot_id)
         edges: list[Key | None] = [None, *bounds, None]
-        chunks = [Chunk(n, lo, hi) for n, (lo, hi) in enumerate(pairwise(edges), start=1)]
+        chunks = [Chunk(n, lo, hi, done) for n, (lo, hi) in enumerate(pairwise(edges), start=1)]
         async with self._target.borrow("chunks") as conn, conn.transaction():
             await owner.hold(conn, self._identity)
             for chunk in chunks:
-                line = (chunk.number, _array(chunk.lo), _array(chunk.hi))
+                line = (chunk.number, _array(chunk.lo), _array(chunk.hi), done)
                 await conn.execute(_RECORD_CHUNK, (*self._key(table.source), *line))
         return chunks
+
+    async def take_back(self, table: MovedTable, chunk: Chunk) -> None:
+        """Locks: ROW EXCLUSIVE and the chunk's rows."""
+        statement = sql.SQL("DELETE FROM {} AS t WHERE {} AND {}").format(
+            holdings.named(table.target),
+            holdings.is_tenants(table.holding(Side.TARGET), "t", self._tenant),
+            ranges.in_range(table, "t", chunk.lo, chunk.hi, Side.TARGET),
+        )
+        settings = roles.settings(self._tenant, careful=Side.TARGET in self._shape.careful)
+        async with self._target.connect("chunks", **settings) as conn, conn.transaction():
+            await owner.hold(conn, self._identity)
+            await conn.execute(statement)
+            await conn.execute(_CHUNK_GONE, (*self._key(table.source), chunk.number))
 
     async def chunks(self) -> Mapping[TableRef, Sequence[Chunk]]:
         found: dict[TableRef, list[Chunk]] = {}
@@ -222,8 +237,12 @@ def _array(bound: Key | None) -> list[str] | None:
 
 
 _RECORD_CHUNK = """
-INSERT INTO mover.chunk (migration, schema_name, table_name, number, lo, hi)
-VALUES (%s, %s, %s, %s, %s, %s)
+INSERT INTO mover.chunk (migration, schema_name, table_name, number, lo, hi, done)
+VALUES (%s, %s, %s, %s, %s, %s, %s)
+"""
+_CHUNK_GONE = """
+UPDATE mover.chunk SET done = false, rows = 0, bytes = 0
+ WHERE migration = %s AND schema_name = %s AND table_name = %s AND number = %s
 """
 _READ_CHUNKS = """
 SELECT schema_name, table_name, number, lo, hi, done, rows, bytes FROM mover.chunk

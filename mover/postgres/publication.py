@@ -108,6 +108,19 @@ async def store_start(target: Database, identity: Identity, start: Lsn) -> None:
             raise SlotLost("the slot was made anew: changes in between are missing")
 
 
+async def store_new_start(source: Database, target: Database, identity: Identity, start: Lsn | None) -> None:
+    """The target's progress is forgotten: it begins at `start`, or at the end of the source's WAL. What is
+    there is not held to be the source at any moment."""
+    if start is None:
+        async with source.borrow("position") as conn:
+            row = await (await conn.execute(_POSITION)).fetchone()
+        assert row is not None
+        start = Lsn.parse(str(row[0]))
+    async with target.borrow("progress", synchronous_commit="on") as conn, conn.transaction():
+        await owner.hold(conn, identity)
+        await conn.execute(_BEGIN_HERE, (identity.stream, str(start), None))
+
+
 async def skip_ahead(database: Database, migration: MigrationId) -> None:
     """What has committed so far is not wanted: the slot, which nobody reads, need not keep it."""
     async with database.borrow("slot") as conn:

@@ -256,6 +256,16 @@ class PgSite:
         if not self.identity.is_back:  # which begins later, see `begin_here`
             await publication.store_start(self.target, self.identity, start)
 
+    async def begin_anew(self, shape: Shape, say: Say) -> None:
+        stream, start = self.identity.stream, None
+        if shape.capture is Capture.WAL:
+            await publication.drop_slot(self.source, stream)
+            reach("stream.dropped")
+            await publication.create_publication(self.source, stream, shape.tables, self.tenant, say)
+            start = await publication.create_slot(self.source, stream, say)
+        reach("stream.slot_anew")
+        await publication.store_new_start(self.source, self.target, self.identity, start)
+
     async def skip_ahead(self, shape: Shape) -> None:
         if shape.capture is Capture.WAL:
             await publication.skip_ahead(self.source, self.identity.stream)
@@ -412,6 +422,7 @@ def _planned_keys(shape: Shape) -> Iterator[ForeignKey]:
 
 
 # Any role may call both functions (PostgreSQL 15 to 18).
+# The timeline by the WAL that is written now: the last checkpoint's may be older than a promotion.
 _SERVER_IDENTITY = """
-SELECT s.system_identifier || '/' || c.timeline_id FROM pg_control_system() s, pg_control_checkpoint() c
+SELECT system_identifier || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8) FROM pg_control_system()
 """

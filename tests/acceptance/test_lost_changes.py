@@ -1,0 +1,127 @@
+"""Changes that will never come, since a slot is gone or another server stands for the one before: both sides
+are compared, what differs is copied anew, and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import pytest
+
+from tests.acceptance.test_rollback import LONG_WINDOW, are_equal, until_written
+from tests.support.acceptance import CORE, ESTATE, Home, Scene, Watch, clean
+from tests.support.checks import leftovers
+from tests.support.failover import fail_over
+from tests.support.waiting import until
+
+DROP_SLOTS = """
+select pg_terminate_backend(active_pid, 5000) from pg_replication_slots
+ where database = current_database() and active;
+select pg_drop_replication_slot(slot_name) from pg_replication_slots where database = current_database()
+"""
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["fresh", "shared"])
+async def test_a_migration_goes_on_without_its_slot(pg16, pg18, make_scene, shared):
+    scene = make_scene(pg16, pg18, shared=shared)
+    async with scene.frozen_at("verify.begun") as (watch, stage, workload):
+        await until_written(workload, 50)
+        await asyncio.to_thread(drop_slots, scene.homes[CORE])
+        await until_written(workload, 50)
+        stage.send_signal(signal.SIGCONT)
+        await watch.until("completed")
+        (copied,) = said(scene, watch, "differs, and is copied anew: %")
+        assert "crm.activities" in copied  # the writers write there
+        assert "crm.deals" not in copied  # and do not write there
+    clean(workload.report())
+    watch.check_completed()
+
+
+async def test_a_slot_that_is_lost_while_rows_are_copied_copies_only_what_is_missing(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18, shared=True)
+    async with scene.frozen_at("copy.chunk") as (watch, stage, workload):
+        await asyncio.to_thread(drop_slots, scene.homes[CORE])
+        stage.send_signal(signal.SIGCONT)
+        await watch.until("completed")
+    clean(workload.report())
+    watch.check_completed()
+
+
+async def test_the_way_back_goes_on_without_its_slot(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18, shared=True)
+    watch = scene.watch()
+    async with scene.daemon(monitoring_hours=LONG_WINDOW, abandoned_hours=0) as stage:
+        async with scene.writing() as workload:
+            await watch.submit(stage)
+            await watch.until("monitoring")
+            await until(lambda: is_followed(scene.homes[ESTATE]))
+            await asyncio.to_thread(drop_slots, scene.homes[ESTATE])
+            await until_written(workload, 100)
+        await until(lambda: are_equal(scene))
+        assert said(scene, watch, "differs, and is copied anew: %")
+        assert watch._read()["status"] == "monitoring"
+        async with scene.writing() as more:
+            assert (await stage.run("rollback", watch.id))[0] == 0
+            await watch.until("rolled_back")
+            await until_written(more, 50)
+        clean(workload.report())
+        clean(more.report())
+        await until(lambda: leftovers(watch.target.url) == [])
+    watch.check_undone("rolled_back")
+
+
+@pytest.mark.parametrize("point", ["copy.chunk", "catch_up.begun"])
+async def test_a_source_that_has_failed_over_is_followed_on(
+    spare_server, pg18, make_scene, redis_server, point, capture
+):
+    """A standby that has everything, but for the slots: servers before 17 do not hand these over."""
+    scene = make_scene(spare_server, pg18, platform=pg18, capture=capture)
+    async with scene.frozen_at(point) as (watch, stage, workload):
+        await asyncio.to_thread(fail_over, spare_server)
+        await until_written(workload, 50)
+        stage.send_signal(signal.SIGCONT)
+        await watch.until("completed")
+        (changed,) = said(scene, watch, "another server than before: %")
+        assert "source" in changed
+    assert workload.report().stale_reads == 0  # connections that broke are the writers' errors
+    watch.check_completed()
+
+
+async def test_a_target_that_has_failed_over_is_followed_back(spare_server, pg16, make_scene, capture):
+    scene = make_scene(pg16, spare_server, capture=capture)
+    watch = scene.watch()
+    async with scene.daemon(monitoring_hours=LONG_WINDOW, abandoned_hours=0) as stage:
+        async with scene.writing() as workload:
+            await watch.submit(stage)
+            await watch.until("monitoring")
+            await asyncio.to_thread(fail_over, spare_server)
+            await until_written(workload, 50)
+        await until(lambda: are_equal(scene))
+        (changed,) = said(scene, watch, "the way back: another server than before: %")
+        assert "target" in changed
+        assert (await stage.run("rollback", watch.id))[0] == 0
+        await watch.until("rolled_back")
+        await until(lambda: leftovers(watch.target.url) == [])
+    assert workload.report().stale_reads == 0
+    watch.check_undone("rolled_back")
+
+
+def drop_slots(home: Home) -> None:
+    for statement in DROP_SLOTS.split(";"):
+        home.execute(statement)
+
+
+def is_followed(home: Home) -> bool:
+    return (
+        home.execute("select 1 from pg_replication_slots where database = current_database() and active")
+        != []
+    )
+
+
+def said(scene: Scene, watch: Watch, like: str) -> list[str]:
+    rows = scene.platform.execute(
+        "select message from platform.migration_events where migration_id = %s and message like %s",
+        watch.id,
+        like,
+    )
+    return [message for (message,) in rows]
