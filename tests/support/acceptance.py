@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -237,6 +238,9 @@ class Watch:
     _leftovers_before: dict[Home, list[str]] = field(default_factory=dict)
     _unswitched_at: float = 0.0
     _frozen: psycopg.Connection | None = None
+    _freezing: threading.Lock = field(
+        default_factory=threading.Lock
+    )  # a look that is cancelled goes on aside
     _eye: psycopg.Connection | None = None
 
     def __post_init__(self) -> None:
@@ -314,9 +318,12 @@ class Watch:
 
     def _freeze(self) -> None:
         """Keep a snapshot of the source, which no write of the tenant reaches any more."""
-        self._frozen = connect(self.source.url)
-        self._frozen.execute("begin isolation level repeatable read read only")
-        self._frozen.execute("select pg_current_snapshot()")
+        with self._freezing:
+            if self._frozen is not None:
+                return
+            self._frozen = connect(self.source.url)
+            self._frozen.execute("begin isolation level repeatable read read only")
+            self._frozen.execute("select pg_current_snapshot()")
         assert self._read()["phase"] != "cleanup", "the machine was too slow to look at the source"
 
     @property
