@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ from mover.metrics import Metrics, MetricsObserver
 from mover.postgres.connect import Identity
 from mover.postgres.site import BESIDE_WORKERS, KEPT_CONNECTIONS, PgSite
 from mover.postgres.store import Store, open_store
+from mover.probes import ConfiguredProbes
 from mover.web.app import make_app
 
 SHUTDOWN_SECONDS = 2  # requests that are being answered; the whole exit may take 10
@@ -126,12 +128,19 @@ class Workshop:
                 pause_budget_s=engine.pause_budget_ms / 1000,
                 tombstone_s=engine.tombstone_days * 86_400,
                 abandoned_s=engine.abandoned_hours * 3_600,
+                max_retained_bytes=engine.max_retained_gb * (1 << 30),
+                health_interval_s=self.config.health.interval_seconds,
+                health_failures=self.config.health.failures,
                 monitoring_s=self.config.monitoring_seconds(m.source_tier, m.target_tier),
             ),
             clock=SystemClock(),
             observer=MetricsObserver(self.metrics),
+            probes=ConfiguredProbes(self.config.health, m.tenant, functools.partial(self._route, m.tenant)),
             progress=progress,
         )
+
+    async def _route(self, tenant: TenantId) -> Place:
+        return self.config.place(tenant, *await self.store.where_is(tenant))
 
     async def _source_place(self, claim: Claim) -> Place:
         """By the configuration, or by the route's own URL: that is kept, since the switch replaces it."""

@@ -75,6 +75,13 @@ def _redis_url(value: object) -> Secret:
     return Secret(text)
 
 
+def _http_url(value: object) -> Secret:
+    text = _text(value)
+    if urlsplit(text).scheme not in ("http", "https"):
+        raise ValueError("is not an http:// URL")
+    return Secret(text.rstrip("/"))
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("should be a text that is not empty")
@@ -118,6 +125,7 @@ def _only_static(value: object) -> str:
 
 PostgresUrl: TypeAlias = Annotated[Secret, PlainValidator(postgres_url)]
 RedisUrl: TypeAlias = Annotated[Secret, PlainValidator(_redis_url)]
+HttpUrl: TypeAlias = Annotated[Secret, PlainValidator(_http_url)]
 Table: TypeAlias = Annotated[TableRef, PlainValidator(_table)]
 Identifier: TypeAlias = Annotated[str, AfterValidator(_identifier)]
 
@@ -230,8 +238,27 @@ class Engine(_Section):
     timeout_hours: float = Field(default=2, ge=0)
     phase_timeout_hours: float = Field(default=2, ge=0)
     unreachable_minutes: float = Field(default=10, ge=0)  # the target
+    max_retained_gb: float = Field(default=100, ge=0)  # by our slot, before we give up; 0: no matter how much
     max_active_migrations: int = Field(default=5, ge=1)  # of one daemon; each holds snapshots and connections
     lease_seconds: float = Field(default=10, ge=1)  # a dead daemon's migrations are taken over after so long
+
+
+class Health(_Section):
+    """What watches a tenant after the switch, and asks for a rollback when he is served badly."""
+
+    synthetic: bool = True  # read and write a row of his through the route, and roll that back
+    prometheus_url: HttpUrl | None = None
+    error_rate_query: str | None = None  # PromQL; {tenant_id} is the tenant
+    max_error_rate: float = Field(default=0.05, ge=0)  # the query's result must be above it
+    max_increase: float = Field(default=3, ge=1)  # and above so many times of what it was before the switch
+    interval_seconds: float = Field(default=15, gt=0)
+    failures: int = Field(default=3, ge=1)  # bad looks in a row, of one probe
+
+    @model_validator(mode="after")
+    def _query_has_a_server(self) -> Self:
+        if (self.prometheus_url is None) != (self.error_rate_query is None):
+            raise ValueError("error_rate_query: goes with prometheus_url, and that with it")
+        return self
 
 
 class Log(_Section):
@@ -249,6 +276,7 @@ class Config(_Section):
     dedicated: Mapping[UUID, PostgresUrl] = Field(default_factory=dict)
     provisioner: Provisioner = Provisioner()
     engine: Engine = Engine()
+    health: Health = Health()
     log: Log = Log()
 
     @model_validator(mode="after")

@@ -80,6 +80,10 @@ class Metrics:
         self.cutover_attempts_total = self._counter(
             "cutover_attempts_total", "Attempts to cut over", "outcome"
         )
+        self.fence_held_seconds = self._gauge(
+            "fence_held_seconds",
+            "How long a fence has been closed while its outcome is not known; 0: none is",
+        )
         self.verify_rows_total = self._counter("verify_rows_total", "Rows compared")
         self.verify_mismatches_total = self._counter("verify_mismatches_total", "Rows that differed")
         self.integrity_failures_total = self._counter(
@@ -161,6 +165,9 @@ class MetricsObserver:
 
     def rolled_back(self, trigger: str) -> None:
         self._metrics.rollbacks_total.labels(trigger).inc()
+
+    def fence_held(self, seconds: float) -> None:
+        self._metrics.fence_held_seconds.set(seconds)
 
     def writes_refused(self, count: int) -> None:
         self._metrics.refused_writes_total.inc(count)

@@ -132,6 +132,12 @@ class NoWayBack(MoverError):
     code, remedy = "no_way_back", Remedy.PAUSE
 
 
+class KeepsTooMuch(MoverError):
+    """What is kept for the way back endangers the disk of the server that the tenant is served by."""
+
+    code, remedy = "keeps_too_much", Remedy.PAUSE
+
+
 class CutoverAborted(MoverError):
     """The fence gave up within its budget and writers went on at the source; tried again later."""
 

@@ -1,7 +1,8 @@
-"""When a migration rolls itself back. `TRIGGERS` is the one table of it; the README's is held against it.
+"""What makes a migration roll itself back, or go on otherwise than planned. `TRIGGERS` is the one table of
+it; the README's is held against it.
 
-A trigger asks for what an operator could ask for, and is obeyed where he would be: never while a cutover's
-outcome is open.
+A rollback is asked for as an operator could ask for it, and is obeyed where he would be: never while a
+cutover's outcome is open.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from mover.core.migration import Progress
 
 
 class Trigger(StrEnum):
-    """Who has asked for a rollback; the label of `rollbacks_total`."""
+    """What has happened; of those that ask for a rollback the label of `rollbacks_total`."""
 
     OPERATOR = "operator"
     INTEGRITY = "data_integrity_failed"
     TIMEOUT = "migration_timeout"
     PHASE_TIMEOUT = "phase_timeout"
     TARGET_UNREACHABLE = "target_db_unreachable"
+    ERROR_RATE = "error_rate_spike"
+    RETAINED = "too_much_retained"
+    SLOT_LOST = "slot_lost"
+    FAILED_OVER = "server_failed_over"
+    FENCE_HELD = "fence_held"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,25 @@ TRIGGERS: Mapping[Trigger, Course] = {
     Trigger.TARGET_UNREACHABLE: Course(
         "undone after `engine.unreachable_minutes` of tries; the target when it answers again",
         "nothing: what the tenant wrote there last would be lost; the way back waits for it",
+    ),
+    Trigger.ERROR_RATE: Course(
+        "not looked at: what is measured then is what later rates are held against",
+        "the tenant comes back with what he wrote, after `health.failures` bad looks in a row",
+    ),
+    Trigger.RETAINED: Course(
+        "undone when the slot, or the log, keeps more than `engine.max_retained_gb`",
+        "the way back is given up, so that the target's disk does not fill",
+    ),
+    Trigger.SLOT_LOST: Course(
+        "goes on: both sides are compared, and what differs is copied anew", "the same, on the way back"
+    ),
+    Trigger.FAILED_OVER: Course(
+        "goes on: both sides are compared, and what differs is copied anew", "the same, on the way back"
+    ),
+    Trigger.FENCE_HELD: Course(
+        "opened by itself within `engine.pause_budget_ms`; once the decision was sent, held until the"
+        " platform database tells its outcome: alarm, and writers get a retryable error",
+        "the same when the tenant comes back",
     ),
 }
 

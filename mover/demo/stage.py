@@ -33,6 +33,7 @@ class Stage:
     verticals: Mapping[str, str]  # vertical -> URL
     redis_url: str | None = None
     engine: Mapping[str, object] = field(default_factory=dict)
+    health: Mapping[str, object] = field(default_factory=dict)
     name: str = "daemon"
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     port: int = field(default_factory=free_port)
@@ -72,6 +73,7 @@ class Stage:
             },
             "routing": {"redis_url": "env:MOVER_STAGE_REDIS"} if self.redis_url else {},
             "engine": self.engine,
+            "health": self.health,
         }
         sections |= {
             f"verticals.{vertical}": {"database_url": f"env:MOVER_STAGE_{vertical.upper()}"}

@@ -20,6 +20,7 @@ from mover.core.errors import Conflict, LeaseLost, MoverError, Remedy, Verificat
 from mover.core.migration import Claim, Migration, Progress, Wish
 from mover.core.states import Status
 from mover.core.triggers import Deadlines, Trigger, overdue
+from mover.engine.journal import ask_for_rollback
 from mover.engine.move import TRIGGER, WISH_S, Move
 from mover.engine.switch import CANCEL_PATIENCE_S
 from mover.ports import Clock, MoveStore
@@ -260,7 +261,7 @@ class Work:
         if self.claim.migration.status is Status.IN_PROGRESS and (
             found := overdue(self.progress, self.deadlines)
         ):
-            await self._ask_for_rollback(*found)
+            await ask_for_rollback(self.store, self.claim, *found)
 
     async def _ask_without_target(self) -> None:
         longest = self.deadlines.unreachable_s
@@ -268,11 +269,7 @@ class Work:
             return
         if self._move is not None and not await self._move.site.target_answers():
             why = f"the target has not answered for {self.progress.failing_s / 60:.1f} minutes"
-            await self._ask_for_rollback(Trigger.TARGET_UNREACHABLE, why)
-
-    async def _ask_for_rollback(self, trigger: Trigger, why: str) -> None:
-        if await self.store.trigger(self.claim, trigger, why):
-            await self.store.event(self.claim, f"rollback asked by {trigger}: {why}", "error")
+            await ask_for_rollback(self.store, self.claim, Trigger.TARGET_UNREACHABLE, why)
 
     async def _obey(self) -> None:
         """The task was cancelled: by a wish, or because the daemon stops."""

@@ -13,9 +13,16 @@ from mover.core.crash import reach
 from mover.core.errors import LeaseLost, MoverError
 from mover.core.migration import Claim, Progress
 from mover.core.states import PHASES, Phase
+from mover.core.triggers import Trigger
 from mover.ports import Clock, MoveStore
 
 log = structlog.get_logger()
+
+
+async def ask_for_rollback(store: MoveStore, claim: Claim, trigger: Trigger, why: str) -> None:
+    """As an operator would; nothing where that is asked for already, or cannot be."""
+    if await store.trigger(claim, trigger, why):
+        await store.event(claim, f"rollback asked by {trigger}: {why}", "error")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,10 @@ from cutover.ports import Cache, Gate
 from cutover.protocol import Ends, Report, World, cut_over, recover
 from mover.core.errors import (
     ApplyConflict,
+    CannotResynchronise,
     CutoverAborted,
     DamageAfterSwitch,
+    KeepsTooMuch,
     MoverError,
     OutcomeUnknown,
     PlanOutdated,
@@ -36,13 +38,14 @@ from mover.engine.copy import WaveCopy
 from mover.engine.figures import Figures
 from mover.engine.flow import Flow, open_flow
 from mover.engine.follow import Follower
-from mover.engine.journal import Journal
+from mover.engine.health import Health, Probes
+from mover.engine.journal import Journal, ask_for_rollback
 from mover.engine.losses import LOST, LOST_BACK, found_again, is_lost, note_changed_servers, noting_loss
 from mover.engine.observer import Observer
 from mover.engine.preflight import refusal
 from mover.engine.resync import Resync
 from mover.engine.site import Site
-from mover.engine.switch import ReturnDecision, RouteDecision, to_the_end
+from mover.engine.switch import FenceAlarm, ReturnDecision, RouteDecision, to_the_end
 from mover.engine.verify import Verification
 from mover.engine.way_back import WayBack
 from mover.ports import Clock, MoveStore
@@ -61,6 +64,7 @@ TOMBSTONE_INTERVAL_S = 3600.0
 COMPARE_INTERVAL_S = 60.0
 NOTHING_SWITCHED = "Nothing was switched."
 RETURN = "return.switch"  # the step in which a tenant is brought back
+ERROR_RATE_BEFORE = "error_rate_before"  # the switch: a note
 DAMAGE = "damage_after_switch"  # the note that keeps the source from being cleaned
 TRIGGER = "trigger"  # the note of what has asked for the rollback
 SETTLE_INTERVAL_S = 0.2
@@ -76,6 +80,9 @@ class Limits:
     monitoring_s: float
     tombstone_s: float
     abandoned_s: float  # what a tenant who came back has left on the target is kept for so long
+    max_retained_bytes: float  # by a slot of ours, before we give up
+    health_interval_s: float
+    health_failures: int  # bad looks in a row, before the tenant is brought back
 
 
 @dataclass
@@ -91,6 +98,7 @@ class Move:
     limits: Limits
     clock: Clock
     observer: Observer
+    probes: Probes
     progress: Progress = field(default_factory=Progress)
     flow: Flow | None = None  # while rows flow, there or back
     journal: Journal = field(init=False)
@@ -148,7 +156,18 @@ class Move:
         await self.store.set_status(self.claim, outcome, error=self.claim.migration.error)
         if trigger is not None:
             self.observer.rolled_back(str(trigger))
+            await self._tell_of_rollback(str(trigger))
         return outcome
+
+    async def _tell_of_rollback(self, trigger: str) -> None:
+        """To those who look for alerts among the events, and those who bill."""
+        m = self.claim.migration
+        facts = {"alert": "rolled_back", "severity": "high", "trigger": trigger, "tenant": str(m.tenant)}
+        await self.store.event(self.claim, f"rolled back: {trigger}", "warning", **facts)
+        if m.switched_at is not None:
+            said = f"charged since {m.switched_at:%Y-%m-%d %H:%M} for {self.target}: to be refunded"
+            refund = {"billing": "refund", "since": m.switched_at.isoformat(), "tier": m.target_tier.value}
+            await self.store.event(self.claim, said, **refund)
 
     async def clear_abandoned(self) -> None:
         """Nobody has needed what the tenant had left on the target when he came back."""
@@ -288,10 +307,15 @@ class Move:
                             await verification.until_small()
                         async with self.journal.phase(Phase.CUTOVER):
                             await self.way_back.prepare(shape)
+                            await self._note_error_rate()
                             await self._cut_over(flow)
                         following.cancel()
             self.flow = None
             await self._compare_completely(verification)
+
+    async def _note_error_rate(self) -> None:
+        """What later ones are held against."""
+        await self.store.save_note(self.claim, ERROR_RATE_BEFORE, await self.probes.error_rate())
 
     @asynccontextmanager
     async def _showing(self, opened: AbstractAsyncContextManager[Flow]) -> AsyncIterator[Flow]:
@@ -436,14 +460,17 @@ class Move:
     async def _settle(self, ends: Ends) -> bool:
         """The decision's answer was lost: the fence stays closed until the platform database tells."""
         self.progress.waiting_for = "the platform database, for the outcome of the decision"
+        held = FenceAlarm(self.clock, self.observer.fence_held)
         while True:
             try:
                 switched = await recover(ends)
             except MoverError as error:
                 if error.remedy is not Remedy.RETRY:
                     raise
+                held.still(error)
                 await self.clock.sleep(SETTLE_INTERVAL_S)
             else:
+                held.over()
                 self.progress.waiting_for = None
                 return switched
 
@@ -517,8 +544,9 @@ class Move:
     async def _keep_the_way_back(self, shape: Shape) -> None:
         """Until the window is over the source follows the target; compared now and again, and at the end."""
         try:
+            await self.way_back.check_kept(self.limits.max_retained_bytes)
             await self._follow_back(shape)
-        except ApplyConflict as error:
+        except (ApplyConflict, KeepsTooMuch, CannotResynchronise) as error:
             # Above all values that are unique among all tenants, of whom the target does not know all.
             await self.way_back.give_up(f"the source could not follow: {error}")
             await self.journal.say(f"there is no way back any more: {error}", "error")
@@ -532,13 +560,26 @@ class Move:
             with first_error():
                 async with asyncio.TaskGroup() as tasks:
                     following = tasks.create_task(flow.follower.run(), name="follower")
+                    looking = tasks.create_task((await self._health(shape)).watch(), name="health")
                     while (left := self._window_left()) > 0:
                         self.progress.eta_seconds = round(left, 1)
                         await self._count_refused()
+                        await self.way_back.check_kept(self.limits.max_retained_bytes)
                         await flow.verification.one_pass()
                         await self.clock.sleep(min(self._window_left(), COMPARE_INTERVAL_S))
                     await flow.verification.one_pass()
+                    looking.cancel()
                     following.cancel()
+
+    async def _health(self, shape: Shape) -> Health:
+        """Of the tenant where he is served, while he could come back."""
+
+        async def ask(why: str) -> None:
+            await ask_for_rollback(self.store, self.claim, Trigger.ERROR_RATE, why)
+
+        before = (await self.store.load_notes(self.claim)).get(ERROR_RATE_BEFORE)
+        probes = self.probes.watching(shape, None if before is None else float(str(before)))
+        return Health(probes, self.clock, self.limits.health_interval_s, self.limits.health_failures, ask)
 
     async def _come_back(self, shape: Shape) -> None:
         """The same cutover with the roles swapped: from the target to the source, with whatever the tenant
@@ -631,6 +672,14 @@ class Move:
         self.observer.measured(self.claim.migration, lag_bytes, lag_seconds, kept)
         if warning := self._figures.warning(kept):
             await self.journal.say(warning, "warning")
+        if (
+            self.claim.migration.status is Status.IN_PROGRESS
+            and self.switched_at is None
+            and kept.is_more_than(self.limits.max_retained_bytes)
+        ):
+            await ask_for_rollback(
+                self.store, self.claim, Trigger.RETAINED, f"the source keeps {kept} for us"
+            )
 
     def _window_left(self) -> float:
         """Seconds until the source may be cleaned."""

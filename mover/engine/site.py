@@ -52,6 +52,13 @@ class Kept:
     wal_status: str = ""  # pg_replication_slots.wal_status; "" where there is no slot
     log_bytes: int = 0  # what triggers have written down
 
+    def is_more_than(self, limit_bytes: float) -> bool:
+        """A limit of 0 is none."""
+        return 0 < limit_bytes < self.wal_bytes + self.log_bytes
+
+    def __str__(self) -> str:
+        return f"{(self.wal_bytes + self.log_bytes) / (1 << 30):.1f} GiB"
+
 
 @dataclass(frozen=True, slots=True)
 class Aligned:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from mover.core.copying import CopiedRanges
-from mover.core.errors import NoWayBack, PlanOutdated
+from mover.core.errors import KeepsTooMuch, NoWayBack, PlanOutdated
 from mover.core.ids import Lsn
 from mover.core.migration import Claim, Progress
 from mover.core.plan_codec import decode_plan, encode_plan
@@ -107,6 +107,12 @@ class WayBack:
             return False
         await self.journal.step("back.stream_anew", self.site.back().begin_anew, shape, self.journal.wait_for)
         return True
+
+    async def check_kept(self, limit_bytes: float) -> None:
+        """Raises KeepsTooMuch when the target keeps more for it than that; 0 is no limit."""
+        kept = await self.site.back().kept_for_us()
+        if kept.is_more_than(limit_bytes):
+            raise KeepsTooMuch(f"the target keeps {kept} for the way back")
 
     async def remove(self, prefix: str) -> None:
         """What `prepare` has made, but for guards; the steps in the journal begin with `prefix`."""

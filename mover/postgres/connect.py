@@ -103,7 +103,9 @@ class Database:
 
     def conninfo(self, purpose: str, **overrides: str) -> dict[str, Any]:
         """libpq parameters with everything pinned; `overrides` are server settings."""
-        settings = {**PINNED, **overrides}
+        return self._parameters(purpose, {**PINNED, **overrides})
+
+    def _parameters(self, purpose: str, settings: Mapping[str, str]) -> dict[str, Any]:
         options = " ".join(f"-c {name}={_escape(value)}" for name, value in settings.items())
         params: dict[str, Any] = {**KEEPALIVES, **libpq_parameters(self.url, self.label)}
         params |= {
@@ -119,9 +121,20 @@ class Database:
 
         Driver errors, also those raised inside the block, leave as MoverError (see `errors.translate`).
         """
+        async with self._opened(self.conninfo(purpose, **settings)) as conn:
+            yield conn
+
+    @asynccontextmanager
+    async def connect_plainly(self, purpose: str, **settings: str) -> AsyncIterator[Connection]:
+        """As an application would: under the role's and the database's own settings, but for `settings`."""
+        async with self._opened(self._parameters(purpose, settings)) as conn:
+            yield conn
+
+    @asynccontextmanager
+    async def _opened(self, parameters: dict[str, Any]) -> AsyncIterator[Connection]:
         async with self._slot():
             with translate(self.label):
-                conn = await self._connected(self.conninfo(purpose, **settings))
+                conn = await self._connected(parameters)
                 try:
                     yield conn
                 finally:

@@ -10,7 +10,19 @@ import psycopg
 import pytest
 
 from tests.acceptance.test_lifecycle import metric
-from tests.support.acceptance import CORE, ESTATE, Home, Scene, Watch, at, clean, killed, until_stopped
+from tests.acceptance.test_lost_changes import said
+from tests.support.acceptance import (
+    CORE,
+    ESTATE,
+    Home,
+    Scene,
+    Watch,
+    at,
+    clean,
+    holding_off,
+    killed,
+    until_stopped,
+)
 from tests.support.checks import leftovers
 from tests.support.proxy import proxied
 from tests.support.waiting import until
@@ -76,3 +88,38 @@ async def test_a_target_that_does_not_answer_frees_the_source_and_is_cleared_lat
             assert audited(scene, watch) == [("rollback: target_db_unreachable", "ok")]
         clean(workload.report())
     watch.check_undone("rolled_back")
+
+
+TINY = 1e-9  # of a gigabyte
+NO_WAY_BACK = "there is no way back any more: %"
+
+
+async def test_what_is_kept_for_a_migration_is_bounded_before_the_switch(pg16, pg18, make_scene, capture):
+    scene = make_scene(pg16, pg18, capture=capture)
+    watch = scene.watch()
+    async with scene.daemon(max_retained_gb=TINY) as stage, scene.writing() as workload:
+        with holding_off(scene.homes[CORE], scene.tenant):
+            await watch.submit(stage)
+            await watch.until("rolled_back")
+        assert audited(scene, watch) == [("rollback: too_much_retained", "ok")]
+    clean(workload.report())
+    watch.check_undone("rolled_back")
+
+
+async def test_what_is_kept_for_the_way_back_is_bounded_too(pg16, pg18, make_scene):
+    """The tenant stays where he is served, and what fills that server's disk goes."""
+    scene = make_scene(pg16, pg18)
+    watch = scene.watch()
+    async with scene.writing() as workload:
+        async with scene.daemon(monitoring_hours={"database": 1.0}) as stage:
+            await watch.submit(stage)
+            await watch.until("monitoring")
+        async with scene.daemon("later", monitoring_hours={"database": 1.0}, max_retained_gb=TINY) as stage:
+            slots = "select slot_name from pg_replication_slots where database = current_database()"
+            await until(lambda: said(scene, watch, NO_WAY_BACK) != [])
+            assert scene.homes[ESTATE].execute(slots) == []
+            (why,) = said(scene, watch, NO_WAY_BACK)
+            assert "the target keeps" in why
+            assert (await stage.run("rollback", watch.id))[0] == 3
+            assert watch._read()["status"] == "monitoring"
+    clean(workload.report())

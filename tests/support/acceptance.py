@@ -124,7 +124,9 @@ class Scene:
     def tenant(self) -> TenantId:
         return self.tenants[0].id
 
-    def stage(self, name: str = "daemon", **engine: object) -> Stage:
+    def stage(
+        self, name: str = "daemon", *, health: Mapping[str, object] | None = None, **engine: object
+    ) -> Stage:
         """A daemon that is not started yet; `engine` is laid over the section of that name."""
         hours = dict.fromkeys(("schema", "database", "dedicated", "downgrade"), MONITORING_S / 3600)
         settings = {
@@ -141,6 +143,7 @@ class Scene:
             verticals={name: home.url for name, home in self.homes.items()} | self.detours,
             redis_url=self.redis_url,
             engine=settings,
+            health=health or {},
             name=name,
         )
         stage.write_config()

@@ -88,7 +88,8 @@ def test_every_key_is_explained_with_its_default() -> None:
             elif isinstance(field.default, BaseModel):
                 assert shown == _inline_table(field.default)
             else:
-                assert shown == ("none" if field.default in (None, ()) else f"{field.default}"), name
+                default = str(field.default).lower() if field.default is True else f"{field.default}"
+                assert shown == ("none" if field.default in (None, ()) else default), name
     assert list(rows) == ['`dedicated."TENANT"`']
     assert set(config.Config.model_fields) == {name.split(".")[0] for name in SECTIONS} | {"dedicated"}
     for name in config.Token.model_fields:
