@@ -168,3 +168,14 @@ PAIRS = [("pg16", "pg18"), ("pg18", "pg16")]
 def pair(request: pytest.FixtureRequest, make_database: MakeDatabase) -> Pair:
     source, target = (request.getfixturevalue(name) for name in request.param)
     return Pair(make_database(source), make_database(target), source, target)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the model checker said is shown when all is well, too."""
+    reports = [r for r in terminalreporter.getreports("passed") if "tests/spec/" in r.nodeid and r.capstdout]
+    if not reports:
+        return
+    terminalreporter.section("the model of the cutover")
+    for report in sorted(reports, key=lambda each: each.nodeid):
+        said = [line for line in report.capstdout.splitlines() if "errors:" in line or "violated" in line]
+        terminalreporter.line(report.nodeid.rpartition("::")[2] + ": " + "; ".join(map(str.strip, said)))

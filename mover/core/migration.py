@@ -92,6 +92,7 @@ class Claim:
     migration: Migration
     epoch: Epoch
     owner: str
+    switched_ago_s: float | None = None  # when it was claimed, by the platform database's clock
 
 
 @dataclass(frozen=True, slots=True)

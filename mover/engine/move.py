@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from cutover.ports import Cache, Gate
 from cutover.protocol import Ends, Report, World, cut_over, recover
@@ -104,7 +103,8 @@ class Move:
     journal: Journal = field(init=False)
     alignment: Alignment = field(init=False)
     way_back: WayBack = field(init=False)
-    switched_at: datetime | None = None
+    # On the clock that never jumps, whatever the host's calendar says.
+    switched_at_s: float | None = field(default=None, init=False)
     # False while writers may be waiting for the outcome of a cutover: no wish is obeyed meanwhile.
     may_rest: bool = field(init=False)
     # True when a wish was heard, which ends this task: no cutover begins before it has.
@@ -119,6 +119,8 @@ class Move:
             self.claim, self.store, self.site, self.journal, self.progress, self.observer, self._restore
         )
         self._figures = Figures(self.progress, self.clock)
+        if (ago_s := self.claim.switched_ago_s) is not None:
+            self.switched_at_s = self.clock.monotonic() - ago_s
 
     async def run(self) -> Status:
         """From where the journal stands to `completed`, or to the next look at the monitoring window."""
@@ -417,7 +419,7 @@ class Move:
             await self.way_back.skip_ahead()
 
         report = await self._attempt(flow, self._ends, self.way_back, get_ready)
-        self.switched_at = datetime.now(UTC)
+        self.switched_at_s = self.clock.monotonic()
         if report is not None:
             await self._switched(report)
 
@@ -674,7 +676,7 @@ class Move:
             await self.journal.say(warning, "warning")
         if (
             self.claim.migration.status is Status.IN_PROGRESS
-            and self.switched_at is None
+            and self.switched_at_s is None
             and kept.is_more_than(self.limits.max_retained_bytes)
         ):
             await ask_for_rollback(
@@ -683,5 +685,6 @@ class Move:
 
     def _window_left(self) -> float:
         """Seconds until the source may be cleaned."""
-        switched_at = self.switched_at or self.claim.migration.switched_at or datetime.now(UTC)
-        return self.limits.monitoring_s - (datetime.now(UTC) - switched_at).total_seconds()
+        if self.switched_at_s is None:  # an earlier owner's cutover has just been settled
+            self.switched_at_s = self.clock.monotonic()
+        return self.limits.monitoring_s - (self.clock.monotonic() - self.switched_at_s)

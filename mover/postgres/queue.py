@@ -56,7 +56,7 @@ class ClaimStore:
         async with self._pool.connection() as conn:
             cursor = await conn.execute(_CLAIM, wanted)
             row = await cursor.fetchone()
-        return Claim(migration_of(row), Epoch(row["epoch"]), owner) if row else None
+        return Claim(migration_of(row), Epoch(row["epoch"]), owner, row["switched_ago_s"]) if row else None
 
     async def heartbeat(self, claim: Claim, lease_seconds: float) -> Wish | None:
         row = await self._owned("heartbeat", claim, lease_seconds=lease_seconds)

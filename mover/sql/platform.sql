@@ -35,7 +35,7 @@ update platform.tenant_migrations
        started_at = coalesce(started_at, now())
   from due
  where id = due.due_id
-returning epoch, {columns}
+returning epoch, extract(epoch from now() - switched_at)::float8 as switched_ago_s, {columns}
 
 -- name: heartbeat
 -- Locks the migration's row. Extends from now on, so repeating it only moves the lease forward.
