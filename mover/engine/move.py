@@ -28,6 +28,7 @@ from mover.core.errors import (
     VerificationFailed,
     first_error,
 )
+from mover.core.ids import Side
 from mover.core.migration import Claim, Place, Progress
 from mover.core.states import Phase, Status
 from mover.core.tables import MovedTable, Plan, Shape
@@ -629,6 +630,8 @@ class Move:
             await self.way_back.remove("cleanup")
             # What others refer to would be gone without a word: foreign keys do not act on what we remove.
             await self.site.check_others_references(shape, say)
+            if not await self.journal.is_done("cleanup.source_rows"):
+                await step("cleanup.last_check", self._must_be_served_by_target, shape)
             await step("cleanup.source_rows", self.site.remove_source_rows, shape, say)
             await step("cleanup.tombstone", self.site.keep_tombstone, shape, wait_for)
             # Only now: the index that it needed finds the tenant's rows for the deletes, too.
@@ -640,6 +643,21 @@ class Move:
         self.site.rest()
         await self.store.tombstone(self.claim, refused, self._tombstone_interval_s)
         await self.store.set_status(self.claim, Status.COMPLETED)
+
+    async def _must_be_served_by_target(self, shape: Shape) -> None:
+        """The source's rows may be the last ones. Raises DamageAfterSwitch."""
+        if (state := await self.site.target_fence.state()) != "open":
+            why = f"the target's fence is {state}"
+        elif not await self.site.holds_rows(shape, Side.TARGET) and await self.site.holds_rows(
+            shape, Side.SOURCE
+        ):
+            why = "the target has no row of the tenant's any more"
+        else:
+            return
+        raise DamageAfterSwitch(
+            f"the source is not cleaned: {why}",
+            hint="The source keeps its rows. Resume once the tenant is served by the target again.",
+        )
 
     async def _clear_source(self, shape: Shape) -> None:
         """Depends on nothing but the source, so that it is free again whatever became of the target."""

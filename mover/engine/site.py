@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cutover.ports import Sequences, TargetFence
-from mover.core.ids import Capture, TableRef, TenantId
+from mover.core.ids import Capture, Side, TableRef, TenantId
 from mover.core.tables import MovedTable, Plan, Shape
 from mover.ports import ApplyTarget, ChangeLog, ChangeSource, ChangeStream, Copier
 from verify.ports import DigestReader
@@ -236,6 +236,10 @@ class Site(Protocol):
 
     async def remove_target_rows(self, shape: Shape, say: Say) -> None:
         """The tenant's rows on the target, or all that was not there before us."""
+        ...
+
+    async def holds_rows(self, shape: Shape, side: Side) -> bool:
+        """Whether any row of the tenant's is there."""
         ...
 
     async def remove_source_rows(self, shape: Shape, say: Say) -> None:

@@ -56,6 +56,19 @@ async def remove_rows(
     return removed
 
 
+async def holds_rows(database: Database, tables: Sequence[Holding], tenant: TenantId) -> bool:
+    """Whether any of `tables` has a row of the tenant's. Reads only."""
+    async with database.borrow("removal") as conn:
+        for holding in tables:
+            statement = sql.SQL("SELECT EXISTS (SELECT FROM {} AS t WHERE {})").format(
+                holdings.named(holding.table), holdings.is_tenants(holding, "t", tenant)
+            )
+            row = await (await conn.execute(statement)).fetchone()
+            if row is not None and row[0]:
+                return True
+    return False
+
+
 async def _in_batches(
     conn: psycopg.AsyncConnection[tuple[Any, ...]],
     holding: Holding,

@@ -33,7 +33,7 @@ from mover.postgres.facts import gather, gather_references
 from mover.postgres.fence import PgFence
 from mover.postgres.identity import IdentityNeed
 from mover.postgres.points import Points
-from mover.postgres.removal import remove_rows
+from mover.postgres.removal import holds_rows, remove_rows
 from mover.postgres.replication import WalStream
 from mover.postgres.sequences import PgSequences
 from mover.postgres.writer import Writer
@@ -340,6 +340,10 @@ class PgSite:
         ):
             return
         await self._remove_target_rows(shape, held, say)
+
+    async def holds_rows(self, shape: Shape, side: Side) -> bool:
+        database = self.source if side is Side.SOURCE else self.target
+        return await holds_rows(database, _holdings(shape, side), self.tenant)
 
     async def remove_source_rows(self, shape: Shape, say: Say) -> None:
         held, careful = _holdings(shape, Side.SOURCE), Side.SOURCE in shape.careful

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from mover.core.ids import Epoch, MigrationId
 from mover.core.migration import Wish
@@ -160,6 +161,28 @@ async def test_a_halted_migration_keeps_no_slot_and_halts_again(pg16, pg18, make
             assert (await stage.run("resume", watch.id))[0] == 0
         await watch.until_row(lambda row: row["error"] is not None)
         assert watch.row["status"] == "monitoring"
+
+
+async def test_rows_of_which_the_target_has_none_any_more_are_not_removed(pg16, pg18, make_scene):
+    """A target that was made anew by mistake: the source has the last ones."""
+    scene = make_scene(pg16, pg18)
+    core, estate = scene.homes[CORE], scene.homes[ESTATE]
+    deals = "select count(*) from core_crm.deals where tenant_id = %s"
+    watch, stage = scene.watch(), scene.stage()
+    async with killed(stage):
+        await stage.start(**at("monitor.done", SIGSTOP))
+        await watch.submit(stage)
+        await until_stopped(stage)
+        await watch.until("monitoring")
+        before = core.execute(deals, scene.tenant)
+        with psycopg.connect(estate.url) as conn:
+            conn.execute("set session_replication_role = replica")
+            conn.execute(f"set mover.tenant = '{scene.tenant}'")
+            for schema, table in estate.tables:
+                conn.execute(sql.SQL("delete from {}").format(sql.Identifier(schema, table)))
+        stage.send_signal(SIGCONT)
+        await watch.until_row(lambda row: (row["error"] or {}).get("code") == "damage_after_switch")
+        assert core.execute(deals, scene.tenant) == before != [(0,)]
 
 
 def fence_of(scene: Scene, watch: Watch) -> PgFence:
