@@ -98,6 +98,7 @@ async def cut_over(world: World, budget_s: float) -> Report:
         await _finish(world, watch)
         pause_ms = round((world.clock.monotonic() - started) * 1000, 2)
         await world.cache.invalidate()
+        reach("cutover.flushed")
     finally:
         await world.source.let_go()
         await world.target.let_go()
@@ -116,10 +117,12 @@ async def recover(ends: Ends) -> bool:
         await ends.decision.switch({"recovered": "the target was open"})
     elif not await ends.decision.is_switched():
         await ends.source.reopen()
+        reach("recovery.reopened")
         await ends.target.close_again()
         return False
     await _finish(ends, Stopwatch(ends.clock))
     await ends.cache.invalidate()
+    reach("cutover.flushed")
     return True
 
 
@@ -152,6 +155,7 @@ async def _prove(world: World, mark: str, watch: Stopwatch) -> Mapping[str, obje
     behind it."""
     async with watch.step("drain"):
         await world.drain.reached(mark)
+        reach("cutover.drained")
     async with watch.step("verify"):
         with first_error():
             async with asyncio.TaskGroup() as tasks:
@@ -183,6 +187,7 @@ async def _finish(ends: Ends, watch: Stopwatch) -> None:
     reach("cutover.opened")
     async with watch.step("release"):
         await _until_done(ends, ends.source.move_away)
+    reach("cutover.released")
 
 
 async def _until_done(ends: Ends, action: Callable[[], Awaitable[None]]) -> None:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import structlog
 
+from mover.core.crash import reach
 from mover.core.errors import Conflict, LeaseLost, MoverError, Remedy, VerificationFailed
 from mover.core.migration import Claim, Migration, Progress, Wish
 from mover.core.states import Status
@@ -109,6 +110,7 @@ class Daemon:
         migration = claim.migration
         structlog.contextvars.bind_contextvars(migration=str(migration.id), tenant=str(migration.tenant))
         log.info("claimed", action="claim", epoch=claim.epoch, status=migration.status.value)
+        reach("claimed")
         work = Work(
             claim, self.store, self.make_move, self.clock, self.lease_s, self.deadlines, self._failures
         )

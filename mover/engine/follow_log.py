@@ -122,6 +122,7 @@ class LogFollower:
             if self._snapshot is not None:
                 done = await transaction.settle(changes, point)
             await transaction.advance(reached, point.snapshot)
+            reach("follow.written")
         self._in_doubt = False
         reach("follow.applied")
         self.progress.changes_applied += sum(done.values())

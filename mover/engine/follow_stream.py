@@ -156,6 +156,7 @@ class StreamFollower:
                         await self._apply_pieces(transaction, pieces, marks)
                     end = max(end, self.applied)  # what comes again stands before it
                     await transaction.advance(end, self._snapshot)
+                    reach("follow.written")
             except _RowsMissing:
                 await self._step_to_a_point()
                 return
@@ -271,6 +272,8 @@ class StreamFollower:
             self._snapshot, self._snapshot_until = point.snapshot, piece.end_lsn
             end = end if deferred else piece.end_lsn
             await transaction.advance(end, point.snapshot)
+            reach("point.written")
+        reach("point.reached")
         self._durable(end, marks)
         return deferred
 

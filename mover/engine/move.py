@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from cutover.ports import Cache, Gate
 from cutover.protocol import Ends, Report, World, cut_over, recover
+from mover.core.crash import reach
 from mover.core.errors import (
     ApplyConflict,
     CannotResynchronise,
@@ -157,6 +158,7 @@ class Move:
         if has_returned:
             await self.store.tombstone(self.claim, 0, self.limits.abandoned_s)
         await self.store.set_status(self.claim, outcome, error=self.claim.migration.error)
+        reach("undone")
         if trigger is not None:
             self.observer.rolled_back(str(trigger))
             await self._tell_of_rollback(str(trigger))
@@ -213,6 +215,7 @@ class Move:
         if quiet_s >= self.limits.tombstone_s:
             plan = await self._stored_plan()
             await self.site.remove_tombstone(plan.shape, self.journal.wait_for)
+            reach("tombstone.removed")
             self.site.rest()
             await self.store.end_tombstone(self.claim)
             await self.journal.say("the tombstone on the source is removed: nothing of ours is left")
@@ -238,6 +241,7 @@ class Move:
                 if plan.refusals:
                     raise refusal(plan)
                 await self.store.save_plan(self.claim, plan)
+                reach("plan.saved")
                 for finding in plan.findings:
                     await self.journal.say(finding.message, "warning")
         self.progress.capture = plan.shape.capture.value
@@ -536,6 +540,7 @@ class Move:
             if left > MONITOR_INTERVAL_S and self.claim.migration.status is not Status.MONITORING:
                 await self.store.release(self.claim)
                 return False
+            await self.way_back.finish_giving_up()
             if await self.way_back.shape() is not None:
                 await self._keep_the_way_back(shape)
             if (left := self._window_left()) > MONITOR_INTERVAL_S:
@@ -642,7 +647,9 @@ class Move:
         refused = await self.site.refused_writes()
         self.site.rest()
         await self.store.tombstone(self.claim, refused, self._tombstone_interval_s)
+        reach("tombstone.noted")
         await self.store.set_status(self.claim, Status.COMPLETED)
+        reach("completed")
 
     async def _must_be_served_by_target(self, shape: Shape) -> None:
         """The source's rows may be the last ones. Raises DamageAfterSwitch."""

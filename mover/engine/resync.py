@@ -54,6 +54,7 @@ class Resync:
                     held = await self._held(point.snapshot_id, everything)
                 differ = await self._compare(held, point.snapshot_id)
                 await lifetime.aclose()  # the source may vacuum again
+                reach("resync.compared")
                 await self._take_back(differ, held)
                 copied = {table: CopiedRanges.of(chunks) for table, chunks in self._there.items()}
                 self.flow.link.target.set_copied(copied)

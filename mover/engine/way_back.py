@@ -105,7 +105,9 @@ class WayBack:
             await self.journal.say(f"the way back: {changed}", "warning")
         if not await is_lost(self.store, self.claim, LOST_BACK):
             return False
-        await self.journal.step("back.stream_anew", self.site.back().begin_anew, shape, self.journal.wait_for)
+        back, step, wait_for = self.site.back(), self.journal.step, self.journal.wait_for
+        await step("back.identity", back.identify_rows, shape, wait_for)
+        await step("back.stream_anew", back.begin_anew, shape, wait_for)
         return True
 
     async def check_kept(self, limit_bytes: float) -> None:
@@ -116,18 +118,28 @@ class WayBack:
 
     async def remove(self, prefix: str) -> None:
         """What `prepare` has made, but for guards; the steps in the journal begin with `prefix`."""
-        if (shape := await self.shape()) is not None:
+        if (plan := await self._noted()) is not None:
             back, step, wait_for = self.site.back(), self.journal.step, self.journal.wait_for
-            await step(f"{prefix}.back_stream", back.stop_stream, shape, wait_for)
-            await step(f"{prefix}.back_identity", back.restore_identity, shape, wait_for)
+            await step(f"{prefix}.back_stream", back.stop_stream, plan.shape, wait_for)
+            await step(f"{prefix}.back_identity", back.restore_identity, plan.shape, wait_for)
 
     async def give_up(self, why: str) -> None:
-        """There is none any more: nobody keeps WAL or a log for it."""
+        """There is none any more: nobody keeps WAL or a log for it.
+
+        First it is noted: one that is half removed must not be opened again, since a publication without its
+        identities stops everybody's updates."""
         if (plan := await self._noted()) is not None and not plan.refusals:
-            await self.remove("monitor")
             given_up = Finding(GIVEN_UP, why, "Move the tenant back with a new migration.")
             self._plan = replace(plan, findings=(*plan.findings, given_up))
             await self.store.save_note(self.claim, NOTE, encode_plan(self._plan))
+            await self.remove("monitor")
+
+    async def finish_giving_up(self) -> None:
+        """What an owner who died has left of one that was given up."""
+        plan = await self._noted()
+        if plan is not None and any(finding.code == GIVEN_UP for finding in plan.findings):
+            if not await self.journal.is_done("monitor.back_identity"):
+                await self.remove("monitor")
 
     async def _plan_anew(self, shape: Shape) -> Plan:
         self._stamp = await self.site.back().schema_stamp()

@@ -16,6 +16,7 @@ import asyncpg
 from psycopg import sql
 
 from mover.core.copying import Chunk, Key
+from mover.core.crash import reach
 from mover.core.errors import Unreachable, first_error
 from mover.core.ids import Side, TableRef, TenantId
 from mover.core.tables import MovedTable, Shape
@@ -49,6 +50,7 @@ class BulkCopier:
             for chunk in chunks:
                 line = (chunk.number, _array(chunk.lo), _array(chunk.hi), done)
                 await conn.execute(_RECORD_CHUNK, (*self._key(table.source), *line))
+        reach("copy.planned")
         return chunks
 
     async def take_back(self, table: MovedTable, chunk: Chunk) -> None:
@@ -172,6 +174,7 @@ class BulkWorker:
                     writing.add_done_callback(lambda _: watching.cancel())
             rows = int(writing.result().removeprefix("COPY "))
             await self._copier.commit_chunk(self._target, table, chunk, rows, pipe.size)
+            reach("copy.chunk_written")
         return rows, pipe.size
 
     async def _read(self, table: MovedTable, chunk: Chunk, pipe: _Pipe) -> None:

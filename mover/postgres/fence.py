@@ -14,6 +14,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from mover.core.crash import reach
 from mover.core.errors import (
     CutoverAborted,
     LeaseLost,
@@ -222,6 +223,7 @@ class PgFence:
         # Not pipelined with what follows: should we freeze while waiting, the session ends with the
         # fence open. It holds the lock until after the commit, so that no writer slips in behind the mark.
         await conn.execute("SELECT pg_advisory_lock(%s)", (self.key,))
+        reach("cutover.locked")
         cursor = await self._transition(conn, ("open",), "closed", mark)
         if await cursor.fetchone() is None:
             await self._explain(conn, ("open",))

@@ -11,6 +11,7 @@ from typing import Any
 import asyncpg
 import psycopg
 
+from mover.core.crash import reach
 from mover.core.errors import LeaseLost
 from mover.postgres.connect import Database, Identity
 
@@ -50,6 +51,7 @@ async def take(database: Database, identity: Identity) -> None:
     """End the old owner's backends and raise the epoch. Raises LeaseLost when a newer owner was here."""
     async with database.borrow("owner", lock_timeout=TAKE_TIMEOUT) as conn:
         await conn.execute(_END_OLD_BACKENDS, {"prefix": identity.prefix, "epoch": identity.epoch})
+        reach("owner.ended")
         row = await (await conn.execute(_TAKE, (identity.migration, identity.epoch))).fetchone()
         if row is None:
             raise LeaseLost("another daemon owns this migration now")

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import psycopg
 from psycopg import sql
 
+from mover.core.crash import reach
 from mover.core.errors import LockNotAvailable, SlotLost
 from mover.core.ids import Lsn, MigrationId, TableRef, TenantId
 from mover.core.snapshot import Snapshot
@@ -136,6 +137,7 @@ async def begin_here(source: Database, target: Database, identity: Identity) -> 
     async with target.borrow("progress", synchronous_commit="on") as conn, conn.transaction():
         await owner.hold(conn, identity)
         await conn.execute(_BEGIN_HERE, (identity.stream, *row))
+    reach("cutover.way_back")
 
 
 async def drop_slot(database: Database, migration: MigrationId) -> None:

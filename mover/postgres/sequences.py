@@ -18,6 +18,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from mover.core.crash import reach
 from mover.core.errors import first_error
 from mover.core.ids import TableRef
 from mover.core.tables import SequenceRef, Shape
@@ -84,6 +85,7 @@ class PgSequences:
 
     async def carry_over(self) -> None:
         await self._carry()
+        reach("cutover.sequences")
 
     async def _carry(self) -> None:
         if not self._shape.sequences:

@@ -132,9 +132,11 @@ class PgSite:
 
     async def own_source(self) -> None:
         await agent.install(self.source, self.identity)
+        reach("owned.source")
 
     async def own_target(self) -> None:
         await agent.install(self.target, self.identity)
+        reach("owned.target")
 
     async def take_over(self) -> None:
         await self.own_source()
@@ -236,6 +238,7 @@ class PgSite:
         reach("guards.target")
         captures = shape.capture is Capture.TRIGGER
         await self.source_fence.install(_holdings(shape, Side.SOURCE), "open", say, captures=captures)
+        reach("guards.source")
 
     async def guard_departure(self, shape: Shape, say: Say) -> None:
         captures = shape.capture is Capture.TRIGGER
@@ -311,6 +314,7 @@ class PgSite:
         if shape.capture is Capture.TRIGGER:
             return await self.source_fence.stop_capturing(_holdings(shape, Side.SOURCE))
         await publication.drop_slot(self.source, self.identity.stream)
+        reach("slot.dropped")
         await publication.drop_publication(self.source, self.identity.stream, say)
 
     async def restore_identity(self, shape: Shape, say: Say) -> None:

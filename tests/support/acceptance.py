@@ -241,6 +241,7 @@ class Watch:
     _leftovers_before: dict[Home, list[str]] = field(default_factory=dict)
     _unswitched_at: float = 0.0
     _frozen: psycopg.Connection | None = None
+    _opening: threading.Lock = field(default_factory=threading.Lock)  # looks may be several at a time
     _freezing: threading.Lock = field(
         default_factory=threading.Lock
     )  # a look that is cancelled goes on aside
@@ -301,8 +302,9 @@ class Watch:
 
     def _read(self) -> dict[str, Any]:
         """On a connection that stays: looks are many."""
-        if self._eye is None or self._eye.closed:
-            self._eye = psycopg.connect(self.scene.platform.url, autocommit=True, row_factory=dict_row)
+        with self._opening:
+            if self._eye is None or self._eye.closed:
+                self._eye = psycopg.connect(self.scene.platform.url, autocommit=True, row_factory=dict_row)
         return self._eye.execute(
             "select status, phase, switched_at, error, owner, epoch, wish, progress,"
             " coalesce(lease_until > now(), false) as leased"
