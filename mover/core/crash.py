@@ -1,8 +1,9 @@
 """Crash points: the named moments at which a test lets the daemon be killed, stopped or frozen.
 
 `reach("name")` does nothing, unless the environment says `MOVER_CRASH_AT=name`: then the process gets
-SIGKILL there, once; `MOVER_CRASH_AT=name:SIGSTOP` sends another signal. They stand around every write
-that changes the outside world; `STEP.begun` and `STEP.done` exist for every line of the journal.
+SIGKILL there, once; `MOVER_CRASH_AT=name:SIGSTOP` sends another signal, and several are separated by commas.
+They stand around every write that changes the outside world; `STEP.begun` and `STEP.done` exist for every
+line of the journal.
 """
 
 from __future__ import annotations
@@ -76,9 +77,10 @@ class CrashPoint:
             os.kill(os.getpid(), self._signal)
 
 
-_point = CrashPoint(os.environ.get(VARIABLE, ""))
+_points = [CrashPoint(setting) for setting in os.environ.get(VARIABLE, "").split(",")]
 
 
 def reach(name: str) -> None:
     """The daemon is at this moment now."""
-    _point.reach(name)
+    for point in _points:
+        point.reach(name)
