@@ -460,13 +460,13 @@ class Move:
                 self.may_rest = True
                 if switched:
                     return None
+                await verification.close()
             else:
                 self.may_rest = True
                 return report
 
     async def _settle(self, ends: Ends) -> bool:
         """The decision's answer was lost: the fence stays closed until the platform database tells."""
-        self.progress.waiting_for = "the platform database, for the outcome of the decision"
         held = FenceAlarm(self.clock, self.observer.fence_held)
         while True:
             try:
@@ -475,6 +475,7 @@ class Move:
                 if error.remedy is not Remedy.RETRY:
                     raise
                 held.still(error)
+                self.progress.waiting_for = f"the outcome of a cutover: {error}"
                 await self.clock.sleep(SETTLE_INTERVAL_S)
             else:
                 held.over()
