@@ -78,6 +78,7 @@ class Journal:
                 await self.store.end_step(self.claim, name, detail=str(error), ok=False)
             raise
         reach(f"{name}.done")
+        self.progress.waiting_for = None
         await self.store.end_step(self.claim, name)
 
     async def is_done(self, name: str) -> bool:
