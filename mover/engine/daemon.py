@@ -35,6 +35,8 @@ MAX_WATCHED = 50
 # Heartbeats per lease: two may be lost before another daemon takes over.
 HEARTBEATS_PER_LEASE = 4
 BACKOFF_S = (1.0, 60.0)
+# The longest back-off where a cutover broke off: writers may be waiting for its outcome.
+HALF_DONE_S = 3.0
 RELEASE_PATIENCE_S = 3.0
 CANCEL_AGAIN_S = CANCEL_PATIENCE_S + 1.0
 # A migration whose promise may be broken is not touched again before an operator looks.
@@ -243,7 +245,7 @@ class Work:
         key = str(self.claim.migration.id)
         self.failures[key] = self.failures.get(key, 0) + 1
         first, longest = BACKOFF_S
-        delay = min(longest, first * 2 ** (self.failures[key] - 1))
+        delay = min(HALF_DONE_S if self._is_half_done else longest, first * 2 ** (self.failures[key] - 1))
         self._pass_time(delay)
         attempt_s = self.clock.monotonic() - self._began_at
         self.progress.failing_s = delay + attempt_s + (self.progress.failing_s if attempt_s < longest else 0)
@@ -253,6 +255,10 @@ class Work:
         await self._ask_if_overdue()
         await self._ask_without_target()
         await self.store.release(self.claim, delay)
+
+    @property
+    def _is_half_done(self) -> bool:
+        return self._move is not None and not self._move.may_rest
 
     def _pass_time(self, seconds: float) -> None:
         self.progress.worked_s += seconds
