@@ -153,9 +153,11 @@ class Work:
         task = asyncio.create_task(self._attempt(), name="attempt")
         heart = asyncio.create_task(self._beat(task), name="heartbeat")
         eyes = asyncio.create_task(self._watch(), name="measure")
+        pulse = asyncio.create_task(self._feel_pulse(), name="pulse")
         with suppress(asyncio.CancelledError):  # the daemon stops: like a wish, but without one
             await asyncio.wait([task, heart], return_when=asyncio.FIRST_COMPLETED)
         await asyncio.gather(*(_end(each) for each in (task, heart, eyes)))
+        await _end(pulse)  # last: it frees the others from a server that does not answer
         if not heart.cancelled() and (error := heart.exception()):
             raise error
         if task.cancelled():
@@ -340,12 +342,25 @@ class Work:
             looked_at = now
             try:
                 await self._ask_if_overdue()
+                await self._save()
                 if self._move is not None:
                     await self._move.measure()
-                await self._save()
             except MoverError as error:
                 log.debug("progress not saved", action="progress", error=str(error))
             await self.clock.sleep(PROGRESS_S)
+
+    async def _feel_pulse(self) -> None:
+        """While a server does not answer the status says so, and nobody waits for it for ever."""
+        while (move := self._move) is None:
+            await self.clock.sleep(WISH_S)
+        trouble: str | None = None
+
+        def show(found: str | None) -> None:
+            nonlocal trouble
+            if self.progress.waiting_for in (None, trouble):
+                self.progress.waiting_for = trouble = found
+
+        await move.site.watch_pulse(show)
 
     async def _save(self) -> None:
         await self.store.save_progress(self.claim, self.progress)

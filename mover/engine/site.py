@@ -108,6 +108,11 @@ class Site(Protocol):
         """The target's database exists and answers."""
         ...
 
+    async def watch_pulse(self, say: Callable[[str | None], None]) -> None:
+        """Until cancelled: `say` is told why a side does not answer, and None when both do. Whoever waits for
+        one that does not is let go with an error."""
+        ...
+
     async def target_answers(self) -> bool:
         """Whether anybody can be served there."""
         ...

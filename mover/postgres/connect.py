@@ -21,6 +21,7 @@ from psycopg.pq import TransactionStatus
 from mover.core.ids import Epoch, MigrationId, back_of
 from mover.core.secret import Secret
 from mover.postgres.errors import translate
+from mover.postgres.hanging_up import OpenConnections
 from mover.postgres.idle import Connection, IdleConnections
 from mover.postgres.urls import CONNECT_TIMEOUT_S, asyncpg_parameters, libpq_parameters, why_unreachable
 
@@ -93,6 +94,7 @@ class Database:
     _slots: asyncio.Semaphore = field(init=False, repr=False)
     _in_use: int = field(init=False, repr=False, default=0)
     _idle: IdleConnections = field(init=False, repr=False)
+    open_connections: OpenConnections = field(init=False, repr=False, default_factory=OpenConnections)
 
     def __post_init__(self) -> None:
         self._slots = asyncio.Semaphore(self.limit)
@@ -162,6 +164,10 @@ class Database:
         """Close what is idle; from now on nothing stays open."""
         self._idle.end()
 
+    def hang_up(self) -> None:
+        """The server does not answer: whoever waits for it sees his connection end."""
+        self.open_connections.hang_up()
+
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
         async with self._slots:
@@ -203,6 +209,7 @@ class Database:
             conn = await psycopg.AsyncConnection.connect(**parameters, autocommit=True)
         except psycopg.OperationalError as error:
             raise await why_unreachable(self.url, self.label, error) from error
+        self.open_connections.add(conn)
         try:
             if conn.info.server_version >= TRANSACTION_TIMEOUT_VERSION:
                 await conn.execute(NO_TRANSACTION_TIMEOUT)
@@ -232,6 +239,7 @@ class Database:
                         "application_name": self._application_name(purpose),
                     },
                 )
+                self.open_connections.add(conn)
                 try:
                     if conn.get_server_version().major >= TRANSACTION_TIMEOUT_VERSION // 10_000:
                         await conn.execute(NO_TRANSACTION_TIMEOUT)

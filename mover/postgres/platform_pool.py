@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeAlias
 
 import psycopg
@@ -16,6 +14,7 @@ from psycopg_pool import AsyncConnectionPool
 from mover.core.secret import Secret
 from mover.postgres.connect import KEEPALIVES
 from mover.postgres.errors import translate
+from mover.postgres.hanging_up import hang_up
 from mover.postgres.urls import libpq_parameters
 from mover.sql import load
 
@@ -70,22 +69,12 @@ class PlatformPool:
 
 @contextmanager
 def bounded(conn: Connection, seconds: float) -> Iterator[None]:
-    """Hang up when the block is not done in time.
-
-    Not a cancellation: the driver answers one by asking the server to cancel and waiting for it, which a
-    frozen server draws out for many seconds, and a tenant's writers may be waiting for us."""
-    timer = asyncio.get_running_loop().call_later(seconds, _hang_up, conn)
+    """Hang up when the block is not done in time: a tenant's writers may be waiting for us."""
+    timer = asyncio.get_running_loop().call_later(seconds, hang_up, conn)
     try:
         yield
     finally:
         timer.cancel()
-
-
-def _hang_up(conn: Connection) -> None:
-    """The driver sees the connection end, as if the server had closed it."""
-    if not conn.closed:
-        with socket.socket(fileno=os.dup(conn.fileno())) as same, suppress(OSError):
-            same.shutdown(socket.SHUT_RDWR)
 
 
 def conninfo(url: Secret, purpose: str) -> dict[str, Any]:

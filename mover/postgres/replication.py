@@ -85,6 +85,7 @@ class WalStream:
         except BaseException:
             conn.finish()
             raise
+        self._database.open_connections.add(conn)
         self._conn, self._socket = conn, conn.socket
         self._input.register(self._socket, select.POLLIN)
         self._resume_reading()

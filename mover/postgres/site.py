@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +24,7 @@ from mover.core.ownership import holdings_in
 from mover.core.tables import Holding, MovedTable, Plan, Shape
 from mover.engine.preflight import judge, judge_again, judge_back, judge_references
 from mover.engine.site import Aligned, Kept, Link, Say, Stream
-from mover.postgres import agent, align, capture, catalog, clone, identity, publication, remarks
+from mover.postgres import agent, align, capture, catalog, clone, identity, publication, pulse, remarks
 from mover.postgres.align import Look
 from mover.postgres.bulk import BulkCopier
 from mover.postgres.change_log import PgChangeLog
@@ -113,6 +114,17 @@ class PgSite:
     async def provision(self) -> None:
         async with self.target.borrow("provision") as conn:
             await conn.execute("SELECT 1")
+
+    async def watch_pulse(self, say: Callable[[str | None], None]) -> None:
+        troubles: dict[str, str | None] = {}
+
+        def note(label: str, trouble: str | None) -> None:
+            troubles[label] = trouble
+            say(next(filter(None, troubles.values()), None))
+
+        async with asyncio.TaskGroup() as tasks:
+            for database in (self.source, self.target):
+                tasks.create_task(pulse.watch_pulse(database, functools.partial(note, database.label)))
 
     async def target_answers(self) -> bool:
         try:

@@ -78,10 +78,12 @@ async def outcome(move: SimpleNamespace) -> Status | None:
 
     async def measure() -> None: ...
 
+    async def watch_pulse(say) -> None: ...
+
     async def make_move(claim, progress):
         await asyncio.sleep(0)  # the first heartbeat is over before there is a move
         await asyncio.sleep(0)
-        move.measure, move.site = measure, SimpleNamespace(rest=lambda: None)
+        move.measure, move.site = measure, SimpleNamespace(rest=lambda: None, watch_pulse=watch_pulse)
         return move
 
     work = asyncio.create_task(Work(claim, store, make_move, Clock(), LEASE_S, Deadlines(0, 0, 0), {}).run())
