@@ -20,6 +20,7 @@ from psycopg.pq import TransactionStatus
 
 from mover.core.ids import Epoch, MigrationId, back_of
 from mover.core.secret import Secret
+from mover.postgres.cancelling import CancellingConnection
 from mover.postgres.errors import translate
 from mover.postgres.hanging_up import OpenConnections
 from mover.postgres.idle import Connection, IdleConnections
@@ -206,7 +207,7 @@ class Database:
 
     async def _connected(self, parameters: dict[str, Any]) -> Connection:
         try:
-            conn = await psycopg.AsyncConnection.connect(**parameters, autocommit=True)
+            conn = await CancellingConnection.connect(**parameters, autocommit=True)
         except psycopg.OperationalError as error:
             raise await why_unreachable(self.url, self.label, error) from error
         self.open_connections.add(conn)

@@ -12,6 +12,7 @@ from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from mover.core.secret import Secret
+from mover.postgres.cancelling import CancellingConnection
 from mover.postgres.connect import KEEPALIVES
 from mover.postgres.errors import translate
 from mover.postgres.hanging_up import hang_up
@@ -35,7 +36,7 @@ class PlatformPool:
     def __init__(self, url: Secret, answer_seconds: float) -> None:
         self._answer_seconds = answer_seconds
         self._pool = AsyncConnectionPool(
-            connection_class=psycopg.AsyncConnection[dict[str, Any]],
+            connection_class=CancellingConnection[dict[str, Any]],
             kwargs=conninfo(url, "platform") | {"autocommit": True, "row_factory": dict_row},
             min_size=1,
             max_size=MAX_CONNECTIONS,
