@@ -32,17 +32,29 @@ from mover.postgres.store import Store, open_store
 from mover.probes import ConfiguredProbes
 from mover.web.app import make_app
 
-SHUTDOWN_SECONDS = 2  # requests that are being answered; the whole exit may take 10
+SHUTDOWN_SECONDS = 2  # requests that are being answered
+EXIT_SECONDS = 9  # whoever stops us may use force after 10
 SOURCE_URL = "source_url"  # the note that keeps it
 _log = logger(__name__)
 
 
 async def serve(config: Config) -> None:
     """Run the daemon until SIGTERM or SIGINT; migrations rest at a safe point and can be resumed."""
-    stop = asyncio.Event()
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def end() -> None:
+        stop.set()
+        loop.call_later(EXIT_SECONDS, _leave)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, end)
     await run(config, stop)
+
+
+def _leave() -> None:
+    """A server that does not answer keeps us: as if we were killed, which does no harm anywhere."""
+    _log.warning("stopped without waiting for a server that does not answer", action="stop")
+    os._exit(0)
 
 
 async def run(config: Config, stop: asyncio.Event) -> None:
