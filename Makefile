@@ -7,7 +7,7 @@ HEADERS = "$$(pg_config --includedir)/libpq-fe.h" \
 	"$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
 PSYCOPG = $(shell { command -v cc && ls $(HEADERS); } >/dev/null 2>&1 && echo c || echo binary)
 
-.PHONY: demo test test-kill test-long check clean
+.PHONY: demo test test-faults test-kill test-long check clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -35,6 +35,9 @@ test-kill: $(STAMP)
 
 test-long: $(STAMP)
 	$(VENV)/bin/python -m pytest -rP -m long
+
+test-faults: $(STAMP)
+	$(VENV)/bin/python -m pytest -n 3 --dist worksteal -m faults
 
 clean:
 	rm -rf $(VENV) build *.egg-info

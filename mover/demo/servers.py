@@ -208,6 +208,10 @@ class PostgresServer(Cluster):
         self._running.end(signal.SIGINT)
         self.come_back()
 
+    def stop_immediately(self) -> None:
+        """As `pg_ctl stop -m immediate`: without a checkpoint; `come_back` recovers what was committed."""
+        self._running.end(signal.SIGQUIT)
+
     def kill9(self) -> None:
         """All processes of the server die at once, as in a power cut; `come_back` recovers it."""
         process = self._running.process
