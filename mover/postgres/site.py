@@ -40,7 +40,8 @@ from mover.postgres.sequences import PgSequences
 from mover.postgres.writer import Writer
 
 # Connections of a side that are open beside the copy workers': stream, marks, snapshot holder, two
-# readers, the fence's holder, and one for whatever is asked in between.
+# readers, the fence's holder, and one for whatever is asked in between. The pulse takes one that copy workers
+# have left when the fence's holder comes.
 BESIDE_WORKERS = 7
 # Of a side, worth keeping open between two questions: one for the algorithm, one for the slot's watch.
 KEPT_CONNECTIONS = 2
