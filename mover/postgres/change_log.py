@@ -109,6 +109,8 @@ class PgChangeLog:
                 await stack.enter_async_context(conn.transaction())
                 snapshot, snapshot_id = await take_snapshot(conn)
             yield PgLoggedPoint(snapshot, snapshot_id, self.label, conn, self)
+            with translate(self.label):
+                await stack.aclose()
 
     async def mark(self, token: str) -> None:
         await self._points.mark(token)

@@ -9,13 +9,14 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from mover.core.errors import ApplyConflict, PlanOutdated
+from mover.core.errors import ApplyConflict, PlanOutdated, Unreachable
 from mover.core.ids import Capture, MigrationId, TableRef
 from mover.core.tables import Column, MovedTable
 from mover.engine import follow_log
 from mover.postgres import agent, change_log
 from mover.postgres.capture import Capture as Capturing
 from mover.postgres.capture import log_bytes
+from mover.postgres.errors import translate
 from tests.support.rig import OTHER, TENANT, Rig, Subject, execute, rig
 from tests.support.waiting import until
 
@@ -57,6 +58,14 @@ async def test_only_the_tenants_rows_are_written_down_and_none_of_ours(pair):
         execute(pair.source, "UPDATE app.item SET tenant_id = %s WHERE id = 4", OTHER)
         written = execute(pair.source, f"SELECT value[1]::int FROM {log_of(r)} ORDER BY 1")
         assert written == [(2,), (3,), (4,), (2000,)]
+
+
+async def test_a_source_that_ends_while_it_is_read_is_named(pair):
+    """Not the target, on whose connections the work goes on around it."""
+    async with rig(pair.source, pair.target, rows=5, capture=TRIGGER) as r:
+        with pytest.raises(Unreachable, match=r"^source"), translate("target"):
+            async with r.follower.log.next_point() as point:
+                execute(pair.source, "SELECT pg_terminate_backend(%s, 5000)", point.conn.info.backend_pid)
 
 
 async def test_a_transaction_that_stays_open_holds_nothing_up_and_is_not_forgotten(pair):
