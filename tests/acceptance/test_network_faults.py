@@ -43,7 +43,7 @@ REASON_S = 20
 TRY_NOW = "update platform.tenant_migrations set not_before = null where id = %s"
 DELAY_S = 0.01  # each way: servers in two countries
 SLOW_S = 300  # a migration asks many things one after the other
-# In the order in which a migration passes them, before each something is asked of all three servers.
+# Each list in the order in which a daemon passes the points: it stands still once at each.
 AROUND_THE_SWITCH = ("copy.chunk", "cutover.closed", "cutover.deciding", "cutover.decided")
 EVERYWHERE = (
     "provision.begun",
@@ -96,7 +96,6 @@ class Fault:
 
 
 CUT, STALLED, HALF_OPEN = Fault("cut"), Fault("stalled"), Fault("half-open", ends_in_a_cut=True)
-
 
 # Each on one side; the rest is marked `faults`.
 CHOSEN = [
