@@ -54,14 +54,12 @@ def test_a_version_that_is_not_here_is_named():
         PostgresServer(9)
 
 
-@pytest.mark.parametrize("how", ["restart", "kill9"])
+@pytest.mark.parametrize("how", ["restart", "kill9", "stop_immediately"])
 def test_committed_rows_survive(server, how):
     with psycopg.connect(server.url(), autocommit=True) as conn:
         conn.execute("create table kept as select 1 as id")
-        if how == "restart":
-            server.restart()
-        else:
-            server.kill9()
+        getattr(server, how)()
+        if how != "restart":
             server.come_back()
     with psycopg.connect(server.url()) as conn:
         assert conn.execute("select id from kept").fetchall() == [(1,)]
