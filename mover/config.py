@@ -240,7 +240,7 @@ class Engine(_Section):
     unreachable_minutes: float = Field(default=10, ge=0)  # the target
     max_retained_gb: float = Field(default=100, ge=0)  # by our slot, before we give up; 0: no matter how much
     max_active_migrations: int = Field(default=5, ge=1)  # of one daemon; each holds snapshots and connections
-    lease_seconds: float = Field(default=10, ge=1)  # a dead daemon's migrations are taken over after so long
+    lease_seconds: float = Field(default=8, ge=1)  # and another daemon has taken over within ten seconds
 
 
 class Health(_Section):

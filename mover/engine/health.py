@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from mover.core.errors import LockNotAvailable, Unreachable
+from mover.core.errors import MoverError
 from mover.core.tables import Shape
 from mover.ports import Clock
 
@@ -19,7 +19,7 @@ class Probe(Protocol):
     """One way to see how the tenant is served."""
 
     async def look(self) -> str | None:
-        """What is wrong, for people; None where nothing is. Raises Unreachable where it cannot tell."""
+        """What is wrong, for people; None where nothing is. Raises MoverError where it cannot tell."""
         ...
 
 
@@ -54,7 +54,7 @@ class Health:
     async def _look(self, number: int, probe: Probe) -> None:
         try:
             wrong = await probe.look()
-        except (Unreachable, LockNotAvailable):
+        except MoverError:
             return
         self._bad[number] = 0 if wrong is None else self._bad.get(number, 0) + 1
         if wrong is not None and self._bad[number] >= self.failures:

@@ -73,18 +73,21 @@ class Resync:
 
     async def _compare(self, held: list[Held], snapshot_id: str) -> list[Held]:
         """Takes from `held` what a wave has time to compare; which of it differ."""
-        started, link, differ = self.clock.monotonic(), self.flow.link, list[Held]()
+        until_s = self.clock.monotonic() + self.wave_seconds
+        link, differ = self.flow.link, list[Held]()
         async with (
             link.target_readers.at_snapshot(self.tenant) as target,
             link.source_readers.at_snapshot(self.tenant, snapshot_id) as source,
         ):
-            while held and (not self._there or self.clock.monotonic() - started < self.wave_seconds):
+            while held:  # some at least: every wave gets on
                 table, some = _next(held)
                 ranges = {KeyRange(chunk.lo, chunk.hi): chunk for chunk in some}
                 found = await differing(table, list(ranges), source, target, self.flow.verification.on_rows)
                 differ += [(table, ranges[part]) for part in found]
                 equal = [chunk for part, chunk in ranges.items() if part not in found]
                 self._there.setdefault(table.source, []).extend(equal)
+                if self.clock.monotonic() >= until_s:
+                    break
         return differ
 
     async def _take_back(self, differ: Collection[Held], held: list[Held]) -> None:

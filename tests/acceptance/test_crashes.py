@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 
 import pytest
 
+from mover.config import Engine
 from mover.core.ids import Capture
 from mover.core.migration import Wish
 from mover.demo.stage import Stage
@@ -129,6 +131,28 @@ async def test_calling_a_migration_off_survives_kill_9(pg16, pg18, make_scene, s
         await watch.until("cancelled")
     clean(workload.report())
     watch.check_undone("cancelled")
+
+
+TAKE_OVER_S = 10
+
+
+async def test_a_dead_daemons_migration_is_taken_over_within_ten_seconds(pg16, pg18, make_scene):
+    """As daemons are configured when nobody says otherwise."""
+    scene = make_scene(pg16, pg18)
+    watch = scene.watch()
+    lease = Engine().lease_seconds
+    first, second = scene.stage("first", lease_seconds=lease), scene.stage("second", lease_seconds=lease)
+    async with scene.writing() as workload, killed(first), killed(second):
+        await first.start(**at("copy.begun"))
+        await watch.submit(first)
+        await dies(first, watch)
+        died_at = time.monotonic()
+        await second.start()
+        await watch.until_row(lambda row: row["epoch"] == 2, timeout_s=TAKE_OVER_S)
+        assert time.monotonic() - died_at < TAKE_OVER_S
+        await watch.until("completed")
+    clean(workload.report())
+    watch.check_completed()
 
 
 async def dies(stage: Stage, watch: Watch) -> None:

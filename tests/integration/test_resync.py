@@ -11,6 +11,7 @@ import pytest
 
 from mover.core.errors import CannotResynchronise
 from mover.core.ids import Side
+from mover.engine import resync
 from mover.engine.resync import Resync
 from mover.postgres import publication
 from mover.postgres.digests import open_readers
@@ -62,7 +63,8 @@ async def _say(text: str) -> None:
 
 
 @pytest.mark.parametrize("wave_seconds", [0, 600], ids=["many waves", "one wave"])
-async def test_only_what_differs_is_copied_anew(pair, capture, wave_seconds):
+async def test_only_what_differs_is_copied_anew(pair, capture, wave_seconds, monkeypatch):
+    monkeypatch.setattr(resync, "CHUNKS_AT_ONCE", 2)
     async with rig(pair.source, pair.target, rows=ROWS, capture=capture) as r:
         async with r.following():
             await r.copy().run()
@@ -74,8 +76,8 @@ async def test_only_what_differs_is_copied_anew(pair, capture, wave_seconds):
             execute(pair.source, "update app.item set amount = -1 where id = 4500")
             await lose_everything(r)
             copied: list[int] = []
-            async with resynchronising(r, r.subject.shape, wave_seconds) as resync, r.following():
-                await resync.run(everything=False)
+            async with resynchronising(r, r.subject.shape, wave_seconds) as again, r.following():
+                await again.run(everything=False)
                 copy = r.copy()
                 copy.on_chunk = lambda rows, size: copied.append(rows)
                 await copy.run()
@@ -96,8 +98,8 @@ async def test_what_nobody_has_copied_is_compared_by_ranges_too(pair, capture):
             execute(pair.target, statement.format(tenant=TENANT))
         await lose_everything(r)
         copied: list[int] = []
-        async with resynchronising(r, r.subject.shape, 600) as resync, r.following():
-            await resync.run(everything=True)
+        async with resynchronising(r, r.subject.shape, 600) as again, r.following():
+            await again.run(everything=True)
             copy = r.copy()
             copy.on_chunk = lambda rows, size: copied.append(rows)
             await copy.run()
@@ -111,7 +113,7 @@ async def test_where_foreign_keys_act_nothing_is_taken_back(pair):
             await r.copy().run()
         execute(pair.target, "delete from app.item where id = 1")
         await lose_everything(r)
-        async with resynchronising(r, Subject(careful=True).shape, 600) as resync, r.following():
+        async with resynchronising(r, Subject(careful=True).shape, 600) as again, r.following():
             with pytest.raises(CannotResynchronise, match=r"app\.item \(1 of its ranges\)"):
-                await resync.run(everything=False)
+                await again.run(everything=False)
     assert execute(pair.target, "select count(*) from app.item where tenant_id = %s", TENANT) == [(9,)]

@@ -22,6 +22,11 @@ def test_every_point_is_in_the_matrix():
     assert len(set(every_point())) >= 60
 
 
+def test_every_point_is_explained():
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*) \|$", (ROOT / "docs/kill-matrix.md").read_text(), re.MULTILINE)
+    assert dict(rows) == dict(POINTS)
+
+
 def test_every_step_of_the_journal_is_in_the_matrix():
     named = set(re.findall(r'\b(?:step|line)\(\s*f?"([\w{}]+\.\w+)"', CODE))
     steps = {
