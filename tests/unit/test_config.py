@@ -53,7 +53,7 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     engine = config.engine
     assert (engine.capture, engine.copy_workers, engine.max_connections_per_database) == ("auto", 4, 12)
     assert (engine.pause_budget_ms, engine.wave_seconds, engine.tombstone_days) == (1000, 600, 7)
-    assert (engine.max_active_migrations, engine.lease_seconds) == (5, 10)
+    assert (engine.max_active_migrations, engine.lease_seconds) == (5, 8)
 
 
 def test_a_secret_is_resolved_and_never_shown(tmp_path: Path) -> None:
