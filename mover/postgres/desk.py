@@ -153,13 +153,14 @@ class DeskStore:
 
 
 def answer_wish(migration: Migration, wish: Wish) -> Answer:
-    """What pause or cancel means in this status; raises Conflict where it means nothing."""
+    """What the wish means in this status; raises Conflict where it means nothing, or where one that goes
+    further waits to be heard: a rollback holds also after the switch, where the others are dropped."""
     match wish, migration.status:
         case Wish.PAUSE, Status.QUEUED:
             return Answer(Status.PAUSED)
-        case Wish.PAUSE, Status.IN_PROGRESS if migration.wish is not Wish.CANCEL:
+        case Wish.PAUSE, Status.IN_PROGRESS if migration.wish in (None, Wish.PAUSE):
             return Answer()
-        case Wish.CANCEL, Status.IN_PROGRESS:
+        case Wish.CANCEL, Status.IN_PROGRESS if migration.wish is not Wish.ROLLBACK:
             return Answer()
         case Wish.CANCEL, Status.PENDING_APPROVAL | Status.QUEUED:
             return Answer(Status.CANCELLED)
@@ -177,7 +178,8 @@ def answer_wish(migration: Migration, wish: Wish) -> Answer:
             return Answer(Status.CANCELLED)
         case Wish.ROLLBACK, Status.PAUSED:
             return Answer(Status.ROLLING_BACK, Status.ROLLED_BACK)
-    reason = "is being cancelled" if migration.wish is Wish.CANCEL else f"is {migration.status}"
+    waiting = migration.wish if migration.wish is not Wish.PAUSE else None
+    reason = f"is being {_PAST[waiting]}" if waiting else f"is {migration.status}"
     raise Conflict(
         f"the migration {reason}: it cannot be {_PAST[wish]}",
         where=Where(tenant=migration.tenant),
@@ -189,7 +191,7 @@ def _hint(migration: Migration, wish: Wish) -> str | None:
     served = migration.status in (Status.MONITORING, Status.COMPLETED)
     if wish is Wish.ROLLBACK and served:
         return "The source is cleaned: move the tenant back with a new migration."
-    if migration.status is Status.MONITORING:
+    if migration.status is Status.MONITORING and migration.wish is not Wish.ROLLBACK:
         return "The tenant is already served by the target: roll back instead."
     return None
 

@@ -489,6 +489,24 @@ async def test_a_running_migration_learns_of_the_wish_at_its_next_heartbeat(
             await store.wish(name, Wish.PAUSE, "ops")
 
 
+async def test_a_rollback_that_was_asked_for_is_not_forgotten_over_a_lesser_wish(
+    pg16: Cluster, make_database: MakeDatabase
+) -> None:
+    async with platform(pg16, make_database) as (url, store):
+        claim = await claimed(url, store)
+        name = str(claim.migration.id)
+        await store.wish(name, Wish.CANCEL, "ops")
+        await store.wish(name, Wish.ROLLBACK, "ops")
+        for lesser in (Wish.PAUSE, Wish.CANCEL):
+            with pytest.raises(Conflict, match="being rolled back"):
+                await store.wish(name, lesser, "ops")
+        assert await store.heartbeat(claim, LEASE_S) is Wish.ROLLBACK
+        await store.decide(claim, CORE, ESTATE, {})
+        with pytest.raises(Conflict, match="being rolled back"):
+            await store.wish(name, Wish.CANCEL, "ops")
+        assert await store.heartbeat(claim, LEASE_S) is Wish.ROLLBACK
+
+
 async def test_cancelling_a_paused_migration_that_has_begun_leaves_it_to_be_undone(
     pg16: Cluster, make_database: MakeDatabase
 ) -> None:
