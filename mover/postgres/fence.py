@@ -90,11 +90,11 @@ class PgFence:
                     await self._guards.guard(conn, holding, say)
         self._guarded_tables = tuple(tables)
 
-    async def remove(self, say: Say) -> None:
+    async def remove(self, tables: Sequence[Holding], say: Say) -> None:
         """Guards, functions and row; nothing happens if they are gone.
 
         At a place that the tenant had left before this migration, and did not come back to, the earlier
-        tombstone stands again instead."""
+        tombstone stands again instead, on `tables`."""
         async with self._database.borrow("guard", client_min_messages="warning") as conn:
             found = await (await conn.execute("SELECT to_regclass('mover.fence') IS NOT NULL")).fetchone()
             if found is None or not found[0]:
@@ -107,7 +107,7 @@ class PgFence:
                     await conn.execute(load("fence")["correct"], self._facts())
                     return
                 if tombstone_of is not None and state != "open":
-                    return await self._hand_back(conn)
+                    return await self._hand_back(conn, tables, say)
             for table in await self._guards.standing(conn):
                 await self._guards.unguard(conn, table, say)
             async with conn.transaction():
@@ -119,25 +119,27 @@ class PgFence:
         """Where the tenant's rows are gone, only what refuses his writes stays: nothing tells or writes down
         anything, and nothing can be written to owned tables that the guards of their owners would let pass,
         so that they need none of their own, which would stand in the way of ALTER TABLE."""
-        self._guards = self._guards_of()
         async with self._database.borrow("guard", client_min_messages="warning") as conn:
-            if await self._state_on(conn) != "moved":
-                return  # a later migration has taken the place over
-            standing = await self._guards.standing(conn)
-            for holding in tables:
-                found = standing.get(holding.table)
-                if found is None:
-                    continue
-                if holding.tenant_column is None:
-                    await self._guards.unguard(conn, holding.table, say)
-                    continue
-                if found.telling:
-                    await self._guards.stop_telling(conn, holding.table, say)
-                if found.captures:
-                    await self._guards.guard(conn, replace(holding, referenced=()), say)
-            async with conn.transaction():
-                await owner.hold(conn, self._identity)
-                await self._guards.drop_helpers(conn)
+            if await self._state_on(conn) == "moved":  # else a later migration has taken the place over
+                await self._refuse_only(conn, tables, say)
+
+    async def _refuse_only(self, conn: Connection, tables: Sequence[Holding], say: Say) -> None:
+        self._guards = self._guards_of()
+        standing = await self._guards.standing(conn)
+        for holding in tables:
+            found = standing.get(holding.table)
+            if found is None:
+                continue
+            if holding.tenant_column is None:
+                await self._guards.unguard(conn, holding.table, say)
+                continue
+            if found.telling:
+                await self._guards.stop_telling(conn, holding.table, say)
+            if found.captures or found.spares_ours:
+                await self._guards.guard(conn, replace(holding, referenced=()), say)
+        async with conn.transaction():
+            await owner.hold(conn, self._identity)
+            await self._guards.drop_helpers(conn)
 
     async def stop_capturing(self, tables: Sequence[Holding]) -> None:
         """Where the tenant has left, nobody gets past the guards to write anything down; nor will he if he
@@ -148,12 +150,14 @@ class PgFence:
                     await owner.hold(conn, self._identity)
                     await self._guards.let_pass_only(conn, tables)
 
-    async def _hand_back(self, conn: Connection) -> None:
-        """The earlier migration's tombstone stands again, for that migration to look after."""
+    async def _hand_back(self, conn: Connection, tables: Sequence[Holding], say: Say) -> None:
+        """The earlier migration's tombstone stands again as it was, for that migration to look after."""
         async with conn.transaction():
             await owner.hold(conn, self._identity)
             await self._change_on(conn, ("closed", "aborted", "moved"), "moved")
-            await self._guards.stop_capturing(conn)
+        await self._refuse_only(conn, tables, say)
+        async with conn.transaction():
+            await owner.hold(conn, self._identity)
             await conn.execute(_HAND_BACK, (self.name, self._identity.migration))
 
     async def get_ready(self) -> None:

@@ -342,13 +342,13 @@ class PgSite:
             await self.source_fence.reopen()
 
     async def unguard_source(self, shape: Shape, say: Say) -> None:
-        await self.source_fence.remove(say)
+        await self.source_fence.remove(_holdings(shape, Side.SOURCE), say)
 
     async def keep_tombstone(self, shape: Shape, say: Say) -> None:
         await self.source_fence.keep_tombstone(_holdings(shape, Side.SOURCE), say)
 
     async def unguard_target(self, shape: Shape, say: Say) -> None:
-        await self.target_fence.remove(say)
+        await self.target_fence.remove(await self._held_on_target(shape), say)
 
     async def remove_target_rows(self, shape: Shape, say: Say) -> None:
         held = await self._held_on_target(shape)
@@ -381,7 +381,7 @@ class PgSite:
 
     async def remove_tombstone(self, shape: Shape, say: Say) -> None:
         await agent.install(self.source, self.identity)  # to hold the epoch while we remove it
-        await self.source_fence.remove(say)
+        await self.source_fence.remove(_holdings(shape, Side.SOURCE), say)
         await agent.forget(self.source, self.identity.migration)
 
     async def _ddl(self, shape: Shape) -> clone.ClonedDdl:

@@ -54,6 +54,30 @@ async def test_a_tenant_comes_back_with_what_was_written_meanwhile(pg16, pg18, m
             watch.close()
 
 
+async def test_a_rollback_leaves_the_tombstone_of_an_earlier_departure_as_it_was(
+    pg16, pg18, make_scene, capture
+):
+    scene = make_scene(pg16, pg18, shared=True, capture=capture)
+    for source, target in ((CORE, ESTATE), (ESTATE, CORE)):
+        departure = scene.watch(source, target)
+        async with scene.daemon() as stage, scene.writing() as workload:
+            await departure.submit(stage)
+            await departure.until("completed")
+        clean(workload.report())
+        departure.check_completed()
+    watch = scene.watch()
+    async with scene.daemon("later", monitoring_hours=LONG_WINDOW, abandoned_hours=0) as stage:
+        async with scene.writing() as workload:
+            await watch.submit(stage)
+            await watch.until("monitoring")
+            assert (await stage.run("rollback", watch.id))[0] == 0
+            await watch.until("rolled_back")
+        clean(workload.report())
+        await until(lambda: "the abandoned target is cleared" in stage.log_path.read_text())
+    watch.check_undone("rolled_back")
+    departure._check_tombstone()
+
+
 async def test_the_source_of_a_watched_tenant_is_a_live_copy(pg16, pg18, make_scene, capture):
     scene = make_scene(pg16, pg18, capture=capture)
     watch = scene.watch()

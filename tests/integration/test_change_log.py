@@ -219,7 +219,7 @@ async def test_everything_of_the_capture_goes_with_the_guards_and_the_log_with_t
     async with rig(pair.source, pair.target, rows=20, capture=TRIGGER) as r:
         functions = "SELECT proname FROM pg_proc WHERE pronamespace = 'mover'::regnamespace"
         assert any(name.startswith("capture_") for (name,) in execute(pair.source, functions))
-        await r.fence.remove(quiet)
+        await r.fence.remove([], quiet)
         assert execute(pair.source, functions) == []
         assert entries(r) == 0
         await agent.forget(r.source, r.migration)

@@ -208,7 +208,7 @@ async def test_an_owner_of_an_older_epoch_can_do_nothing(url):
             zombie.abort(),
             zombie.close_again(),
             zombie.install([], "closed", quiet),
-            zombie.remove(quiet),
+            zombie.remove([], quiet),
         ):
             with pytest.raises(MoverError) as lost:
                 await act

@@ -66,7 +66,7 @@ async def test_removing_leaves_nothing_and_both_may_be_repeated(url):
         await world.fence.install(TABLES, "open", quiet)
         assert await world.ask(OBJECTS) == made
         for _ in range(2):
-            await world.fence.remove(quiet)
+            await world.fence.remove(TABLES, quiet)
             assert await world.ask(OBJECTS) == []
         await write(world)
 
@@ -103,7 +103,7 @@ async def test_nobody_queues_behind_an_installation_for_longer_than_its_lock_tim
         tries.append(text)
 
     async with fenced(url) as world, world.connect() as long, world.connect(statement_timeout="1s") as other:
-        await world.fence.remove(quiet)
+        await world.fence.remove(TABLES, quiet)
         await long.execute("BEGIN")
         await insert_other(long)
         installing = asyncio.create_task(world.fence.install(TABLES, "open", say))
@@ -156,22 +156,26 @@ async def test_a_tenant_that_comes_back_is_served_and_its_tombstone_is_gone(url)
         assert await target.state() == "closed"
         await target.open()
         await write(world)
-        await target.remove(quiet)
+        await target.remove(TABLES, quiet)
         assert await world.ask(OBJECTS) == []
         await write(world)
 
 
-async def test_a_tenant_that_does_not_come_back_after_all_is_refused_as_before(url):
+@pytest.mark.parametrize("captures", [False, True], ids=["plain", "writing down"])
+async def test_a_tenant_that_does_not_come_back_after_all_is_refused_as_before(url, captures):
+    """Whatever the guards were to do for the way back."""
     async with fenced(url) as world:
         await leave_the_place(world)
         made = await world.ask(OBJECTS)
         for _ in range(2):
             target = await next_migration(world)
             await target.install(TABLES, "closed", quiet)
+            await target.install(TABLES, "closed", quiet, captures=captures)
             for _ in range(2):
-                await target.remove(quiet)
+                await target.remove(TABLES, quiet)
             assert await world.ask(OBJECTS) == made
             assert await refused_as_moved(world)
+            assert await called_for_a_row_of_ours(world), "a longer condition is everybody's cost"
 
 
 async def test_a_takeover_that_failed_behind_the_state_leaves_the_tombstone_refusing(url):
@@ -182,7 +186,7 @@ async def test_a_takeover_that_failed_behind_the_state_leaves_the_tombstone_refu
         with psycopg.connect(url) as conn:
             conn.execute(load("fence")["record"], target._facts() | {"state": "closed"})
             conn.rollback()
-        await target.remove(quiet)
+        await target.remove(TABLES, quiet)
         assert await refused_as_moved(world)
 
 
@@ -191,5 +195,5 @@ async def test_an_earlier_migration_cannot_remove_what_a_later_one_needs(url):
         made = await world.ask(OBJECTS)
         later = await next_migration(world)
         await later.install(TABLES, "open", quiet)
-        await world.fence.remove(quiet)
+        await world.fence.remove(TABLES, quiet)
         assert await world.ask(OBJECTS) == made

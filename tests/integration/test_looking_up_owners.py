@@ -97,7 +97,7 @@ async def test_a_snapshot_older_than_these_guards_is_not_trusted_for_having_seen
             old.execute(f"set transaction isolation level {level}")
             old.execute("select from app.unrelated")
             if gone == "the guards":
-                await r.fence.remove(quiet)
+                await r.fence.remove([], quiet)
             else:
                 execute(pair.source, f"drop trigger mover_guard_{r.fence.name}_hand_over on app.documents")
             execute(pair.source, "update app.documents set tenant_id = %s where id = 2", TENANT)

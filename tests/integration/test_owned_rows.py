@@ -214,7 +214,7 @@ async def test_a_writer_with_an_old_snapshot_is_not_fooled_about_whose_a_row_is(
 
 async def test_everything_of_the_guards_goes(pair, capture):
     async with owned_rig(pair, binders_per_tenant=2, capture=capture) as r:
-        await r.fence.remove(quiet)
+        await r.fence.remove([], quiet)
         functions = "select count(*) from pg_proc where pronamespace = 'mover'::regnamespace"
         triggers = "select count(*) from pg_trigger where tgname like 'mover%'"
         assert execute(pair.source, functions) == execute(pair.source, triggers) == [(0,)]

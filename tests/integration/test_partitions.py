@@ -399,7 +399,7 @@ async def test_removing_the_guards_leaves_nothing_on_partitions_that_came_or_wen
         await world.ask("ALTER TABLE app.visit DETACH PARTITION app.visit_2")
         assert any("visit_1" in left for left in leftovers(url))
         for _ in range(2):
-            await world.fence.remove(quiet)
+            await world.fence.remove([*TABLES, VISIT], quiet)
         assert [left for left in leftovers(url) if left.startswith("trigger")] == []
 
 
