@@ -41,6 +41,7 @@ from tests.support.checks import (
     leftovers,
     multiset,
     other_tenants_fingerprint,
+    tenant_fingerprints,
     tenant_tables,
 )
 from tests.support.platform import APP_PASSWORD
@@ -173,10 +174,12 @@ class Scene:
         target: str | Home = ESTATE,
         tenant: TenantId | None = None,
         writers: Sequence[TenantId] = (),
+        *,
+        keeps_snapshot: bool = True,
     ) -> Watch:
         """To be taken before anything is written; `writers` are other tenants that write meanwhile."""
         to = target if isinstance(target, Home) else self.homes[target]
-        watch = Watch(self, tenant or self.tenant, self.homes[source], to, writers)
+        watch = Watch(self, tenant or self.tenant, self.homes[source], to, writers, keeps_snapshot)
         self.watches.append(watch)
         return watch
 
@@ -239,6 +242,8 @@ class Watch:
     source: Home
     target: Home
     writers: Sequence[TenantId]
+    # Of the source at the switch; without it, since its server may stop, both sides are compared otherwise.
+    keeps_snapshot: bool = True
     id: str = ""
     row: dict[str, Any] = field(default_factory=dict)
     seen: list[tuple[str, str | None, str | None]] = field(default_factory=list)
@@ -255,6 +260,7 @@ class Watch:
     _is_compared: bool = False
 
     def __post_init__(self) -> None:
+        self._is_compared = not self.keeps_snapshot
         self.take_others()
         for home in (self.source, self.target):
             self._leftovers_before[home] = leftovers(home.url)
@@ -393,6 +399,20 @@ class Watch:
         for home in (self.source, self.target):
             now, before = set(leftovers(home.url)), set(self._leftovers_before[home])
             assert now == before, (now - before, before - now)
+
+    def leaves_anything(self) -> bool:
+        """Whether there is more of the mover's, or less, than before."""
+        return any(set(leftovers(home.url)) != set(was) for home, was in self._leftovers_before.items())
+
+    def sides_are_equal(self) -> bool:
+        """Of this tenant, table by table; each side is read at another moment."""
+        names = schemas(self.target.vertical)
+        there = {(schema, table): (names[_service(schema)], table) for schema, table in self.source.tables}
+        ours = tenant_fingerprints(self.source.url, there, self.tenant)
+        theirs = tenant_fingerprints(self.target.url, there.values(), self.tenant)
+        return any(rows.count for rows in ours.values()) and all(
+            rows == theirs[there[table]] for table, rows in ours.items()
+        )
 
     def _check_rows_are_gone(self, home: Home) -> None:
         with connect(home.url) as conn:
@@ -544,6 +564,16 @@ def is_frozen(stage: Stage) -> bool:
     assert stage.process is not None
     assert stage.process.returncode is None, stage.log_path.read_text()[-3000:]
     return _state(stage.process.pid) == "T"
+
+
+def lives(stage: Stage) -> bool:
+    """Frozen or not."""
+    return stage.process is not None and stage.process.returncode is None
+
+
+def works(stage: Stage) -> bool:
+    """Neither dead nor frozen."""
+    return lives(stage) and not is_frozen(stage)
 
 
 def _state(pid: int) -> str:
