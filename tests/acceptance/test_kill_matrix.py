@@ -43,6 +43,11 @@ pytestmark = pytest.mark.kill
 LEASE_S = 600  # an owner that died or stands still is relieved by the test, not by time
 REACH_TIMEOUT_S = 60
 RELIEVE = "update platform.tenant_migrations set lease_until = now(), not_before = null where id = %s"
+IS_OVER = """
+select status in ('completed', 'cancelled', 'rolled_back')
+       and coalesce(tombstone_check_at > now() + '1 minute', true)
+  from platform.tenant_migrations where id = %s
+"""
 OTHER_SERVER = """
 update platform.tenant_migrations set notes = jsonb_set(notes, '{servers,%s}', '"7/1"') where id = %%s
 """
@@ -121,10 +126,16 @@ class Chain:
         epoch = self.watch._read()["epoch"]
         self.scene.platform.execute(RELIEVE, self.watch.id)
         await stage.launch(**environment)
+        if self._is_over():
+            return  # died or frozen after its last word: nobody claims it any more
         await until(lambda: self.watch._read()["epoch"] > epoch or stage.process.returncode is not None)
         before = self.stages[-2].process
         if before is not None and before.returncode is None:
             await self._awaken(self.stages[-2])
+
+    def _is_over(self) -> bool:
+        ((over,),) = self.scene.platform.execute(IS_OVER, self.watch.id)
+        return over
 
     async def _awaken(self, zombie: Stage) -> None:
         zombie.send_signal(signal.SIGCONT)

@@ -212,7 +212,12 @@ class World:
     async def settle(self) -> str:
         """What becomes of the migration when nothing breaks any more: its status at rest."""
         await self.heal()
-        return await self.until_row(self.is_at_rest) if self.watch.id else "nothing"
+        if not self.watch.id:
+            return "nothing"
+        status = await self.until_row(self.is_at_rest)
+        watch = self.watch
+        await asyncio.to_thread(self.witness.look_at_rest, _side(watch.source), _side(watch.target))
+        return status
 
     def is_at_rest(self, row: dict[str, Any]) -> bool:
         is_watched = self.is_long and row["status"] == "monitoring" and row["phase"] == "monitor"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -151,6 +151,7 @@ class Witness:
     platform: str  # URLs as superuser
     tenant: TenantId
     looks: int = 0
+    missed: int = 0  # a server was away, or a lock did not come in time
     changes: int = 0
     history: list[str] = field(default_factory=list)
     _epochs: dict[tuple[str, str, UUID], int] = field(default_factory=dict)
@@ -164,9 +165,20 @@ class Witness:
 
     def look(self, migration: str, source: tuple[str, str], target: tuple[str, str]) -> None:
         """Raises Violated; `source` and `target` are (URL, vertical). A server that is away is seen later."""
-        with self._alone, suppress(psycopg.OperationalError):
-            self._read_record()
-            self._look(migration, source, target)
+        with self._alone:
+            try:
+                self._read_record()
+                self._look(migration, source, target)
+            except psycopg.OperationalError:
+                self.missed += 1
+
+    def look_at_rest(self, *sides: tuple[str, str]) -> None:
+        """Nobody changes anything now: what the guards go by is what the fence's row says."""
+        for url, vertical in sides:
+            with self._alone, closing(psycopg.connect(url, options=OPTIONS)) as conn:
+                fence = self._fence_on(conn, vertical)
+                if fence.lets_pass is not None and fence.lets_pass != (fence.state == "open"):
+                    raise self._violated(f"the guards at {vertical} do not go by their row", fence)
 
     def close(self) -> None:
         for conn in self._connections.values():
