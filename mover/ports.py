@@ -80,7 +80,7 @@ class MoveStore(Protocol):
         ...
 
     async def trigger(self, claim: Claim, trigger: Trigger, why: str) -> bool:
-        """Wish for a rollback as an operator would, with a line in the audit; False where something is wished
+        """Ask for a rollback as an operator would, with a line in the audit; False where something is wished
         already, or nothing can be rolled back."""
         ...
 

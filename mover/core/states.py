@@ -60,10 +60,6 @@ STATUS_NEXT: Mapping[Status, frozenset[Status]] = {
 
 # A tenant has at most one migration in these.
 LIVE: frozenset[Status] = frozenset(s for s, following in STATUS_NEXT.items() if following)
-# A daemon works on a migration in these, once nobody else's lease is on it.
-CLAIMABLE: frozenset[Status] = frozenset(
-    {Status.QUEUED, Status.IN_PROGRESS, Status.MONITORING, Status.ROLLING_BACK}
-)
 
 
 def check_status(old: Status, new: Status) -> None:

@@ -64,7 +64,7 @@ TRIGGERS: Mapping[Trigger, Course] = {
         "the tenant comes back with what he wrote, after `health.failures` bad looks in a row",
     ),
     Trigger.RETAINED: Course(
-        "undone when the slot, or the log, keeps more than `engine.max_retained_gb`",
+        "undone when the slot, or the log, keeps more than `engine.max_retained_gb`, also while it is paused",
         "the way back is given up, so that the target's disk does not fill",
     ),
     Trigger.SLOT_LOST: Course(

@@ -22,7 +22,7 @@ from mover.core.migration import Claim, Migration, Progress, Wish
 from mover.core.states import Status
 from mover.core.triggers import Deadlines, Trigger, overdue
 from mover.engine.journal import ask_for_rollback
-from mover.engine.move import TRIGGER, WISH_S, Move
+from mover.engine.move import PAUSED_LOOK_S, TRIGGER, WISH_S, Move
 from mover.engine.switch import CANCEL_PATIENCE_S
 from mover.ports import Clock, MoveStore
 
@@ -30,7 +30,7 @@ log = structlog.get_logger()
 
 POLL_S = 0.5
 PROGRESS_S = 1.0
-# Migrations whose source follows their target, beside those that are being moved.
+# Migrations whose source follows their target, or that are paused, beside those that are being moved.
 MAX_WATCHED = 50
 # Heartbeats per lease: two may be lost before another daemon takes over.
 HEARTBEATS_PER_LEASE = 4
@@ -66,7 +66,7 @@ class Daemon:
     deadlines: Deadlines
     metrics: DaemonMetrics
     _active: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    _watched: set[str] = field(default_factory=set)  # those of them whose source follows their target
+    _watched: set[str] = field(default_factory=set)  # those of them that only have to be looked after
     _failures: dict[str, int] = field(default_factory=dict)
 
     async def run(self) -> None:
@@ -95,7 +95,7 @@ class Daemon:
             key = str(claim.migration.id)
             task = asyncio.create_task(self._work(claim), name=f"migration {key}")
             self._active[key] = task
-            if claim.migration.status is Status.MONITORING:
+            if claim.migration.status in (Status.MONITORING, Status.PAUSED):
                 self._watched.add(key)
             self.metrics.active(len(self._active))
             task.add_done_callback(functools.partial(self._done, key))
@@ -175,6 +175,8 @@ class Work:
                 match migration.status:
                     case Status.ROLLING_BACK:
                         self.ended = await move.undo()
+                    case Status.PAUSED:
+                        await move.look_after_paused()
                     case Status.COMPLETED:
                         await move.watch_tombstone()
                     case Status.ROLLED_BACK:
@@ -207,6 +209,10 @@ class Work:
             error=str(error),
             exc_info=error if error.__cause__ is not None else None,
         )
+        if (
+            self.claim.migration.status is Status.PAUSED
+        ):  # whatever it is, the operator knows already, or will
+            return await self.store.release(self.claim, PAUSED_LOOK_S)
         if isinstance(error, VerificationFailed):
             self.progress.evidence["mismatches"] = list(error.evidence)
         await self._save()

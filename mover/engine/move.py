@@ -55,11 +55,13 @@ from mover.ports import Clock, MoveStore
 DRAIN_SHARE = 0.2
 # After an aborted attempt writers get this long before the next one; doubled up to the second number.
 CUTOVER_BACKOFF_S = (1.0, 30.0)
-# The rest of a window that is waited for on the spot, and the time between looks at a longer one.
 # Between two looks whether a wish that was heard can be obeyed: a small migration is over in a second.
 WISH_S = 0.05
+# The rest of a window that is waited for on the spot, and the time between looks at a longer one.
 MONITOR_INTERVAL_S = 5.0
 MONITOR_LOOK_S = 60.0
+# Between two looks at what is kept for a migration that is paused.
+PAUSED_LOOK_S = 60.0
 TOMBSTONE_INTERVAL_S = 3600.0
 # Between two comparisons of a source that follows its target.
 COMPARE_INTERVAL_S = 60.0
@@ -207,6 +209,14 @@ class Move:
                     raise
                 await journal.say(f"undoing without the target: {error}", "warning")
         return await self.store.is_switched(self.claim)
+
+    async def look_after_paused(self) -> None:
+        """Nobody works on it, and what is kept for it grows until its server's disk is full."""
+        kept = await self.site.kept_for_us()
+        if kept.is_more_than(self.limits.max_retained_bytes):
+            why = f"paused, and the source keeps {kept} for it"
+            await ask_for_rollback(self.store, self.claim, Trigger.RETAINED, why)
+        await self.store.release(self.claim, PAUSED_LOOK_S)
 
     async def watch_tombstone(self) -> None:
         """A completed migration's guard on the source goes when nobody has met it for long enough."""

@@ -63,7 +63,8 @@ class ClaimStore:
         return Wish(row["wish"]) if row["wish"] else None
 
     async def release(self, claim: Claim, after_seconds: float = 0) -> None:
-        await self._owned("release", claim, after_seconds=float(after_seconds))
+        was_paused = claim.migration.status is Status.PAUSED
+        await self._owned("release", claim, after_seconds=float(after_seconds), was_paused=was_paused)
 
     async def enter_phase(self, claim: Claim, phase: Phase) -> None:
         async with self._pool.transaction() as conn:

@@ -16,11 +16,12 @@ with due as (
     select m.id as due_id
       from platform.tenant_migrations m
      where (m.status in ('queued', 'in_progress', 'monitoring', 'rolling_back')
+            or m.status = 'paused' and m.started_at is not null
             or m.status in ('completed', 'rolled_back') and m.tombstone_check_at <= now())
        and (m.status <> 'queued' or m.scheduled_at is null or m.scheduled_at <= now())
        and (m.lease_until is null or m.lease_until <= now())
        and (m.not_before is null or m.not_before <= now())
-       and case when m.status = 'monitoring' then %(watches)s
+       and case when m.status in ('monitoring', 'paused') then %(watches)s
                 else %(moves)s or m.phase = 'cutover' and m.status in ('in_progress', 'rolling_back') end
      order by coalesce(m.phase = 'cutover' and m.status in ('in_progress', 'rolling_back'), false) desc,
               m.priority desc, m.created_at, m.id
@@ -46,11 +47,12 @@ returning wish
 
 -- name: release
 -- Locks the migration's row. Only the epoch's owner can end its own lease; repeating it changes nothing
--- but the back-off's start. A wish that has come meanwhile waits for a second at most.
+-- but the back-off's start. A wish that has come meanwhile waits for a second at most; one that was paused and
+-- is not any more does not wait for whoever has looked after it.
 update platform.tenant_migrations
    set owner = null,
        lease_until = null,
-       not_before = case when %(after_seconds)s::float8 > 0
+       not_before = case when %(after_seconds)s::float8 > 0 and (status = 'paused') = %(was_paused)s
                          then now() + least(make_interval(secs => %(after_seconds)s),
                                             case when wish is not null then interval '1 second' end) end
  where id = %(id)s and epoch = %(epoch)s
@@ -141,12 +143,15 @@ values (%(id)s, 'info', %(message)s, %(facts)s)
 
 -- name: trigger
 -- Runs under lock_claim. No row where something is wished for already, or nothing can be rolled back; so it may
--- be repeated.
+-- be repeated. One that is paused has nobody at work who would hear a wish.
 with wished as (
     update platform.tenant_migrations
-       set wish = 'rollback', error = %(error)s,
+       set wish = case when status <> 'paused' then 'rollback' end,
+           status = case when status = 'paused' then 'rolling_back' else status end,
+           outcome = case when status = 'paused' then 'rolled_back' else outcome end,
+           error = %(error)s,
            notes = notes || jsonb_build_object('trigger', %(trigger)s::text)
-     where id = %(id)s and wish is null and status in ('in_progress', 'monitoring')
+     where id = %(id)s and wish is null and status in ('in_progress', 'paused', 'monitoring')
     returning id
 ), audited as (
     insert into platform.audit (who, role, action, subject, result, facts)

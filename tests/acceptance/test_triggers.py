@@ -90,6 +90,8 @@ async def test_a_target_that_does_not_answer_frees_the_source_and_is_cleared_lat
     watch.check_undone("rolled_back")
 
 
+LOOK_NOW = "update platform.tenant_migrations set not_before = null where id = %s"
+NOTE_ERROR = """update platform.tenant_migrations set error = '{"code": "schema_changed"}' where id = %s"""
 TINY = 1e-9  # of a gigabyte
 NO_WAY_BACK = "there is no way back any more: %"
 
@@ -104,6 +106,50 @@ async def test_what_is_kept_for_a_migration_is_bounded_before_the_switch(pg16, p
         assert audited(scene, watch) == [("rollback: too_much_retained", "ok")]
     clean(workload.report())
     watch.check_undone("rolled_back")
+
+
+async def test_what_is_kept_for_a_paused_migration_is_bounded_too(pg16, pg18, make_scene, capture):
+    """Nobody works on it, and what its source keeps for it grows."""
+    scene = make_scene(pg16, pg18, capture=capture)
+    watch = scene.watch()
+    async with scene.writing() as workload:
+        with holding_off(scene.homes[CORE], scene.tenant):
+            async with scene.daemon() as stage:
+                await watch.submit(stage)
+                await watch.until_row(lambda row: row["phase"] == "cutover")
+                assert (await stage.run("pause", watch.id))[0] == 0
+                await watch.until("paused")
+            async with scene.daemon("later", max_retained_gb=TINY):
+                scene.platform.execute(LOOK_NOW, watch.id)
+                await watch.until("rolled_back")
+        assert audited(scene, watch) == [("rollback: too_much_retained", "ok")]
+    clean(workload.report())
+    watch.check_undone("rolled_back")
+
+
+async def test_looking_after_a_paused_migration_leaves_its_error_and_its_status(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    watch = scene.watch()
+    async with proxied(scene.homes[CORE].url) as proxy:
+        scene.detours[CORE] = proxy.url
+        async with scene.daemon() as stage, scene.writing() as workload:
+            with holding_off(scene.homes[CORE], scene.tenant):
+                await watch.submit(stage)
+                await watch.until_row(lambda row: row["phase"] == "cutover")
+                assert (await stage.run("pause", watch.id))[0] == 0
+                await watch.until("paused")
+                proxy.cut()
+                scene.platform.execute(NOTE_ERROR, watch.id)
+                epoch = watch._read()["epoch"]
+                scene.platform.execute(LOOK_NOW, watch.id)
+                await until(lambda: watch._read()["epoch"] > epoch and not watch._read()["leased"])
+                now = watch._read()
+                assert (now["status"], now["error"]) == ("paused", {"code": "schema_changed"})
+                proxy.restore()
+            assert (await stage.run("resume", watch.id))[0] == 0
+            await watch.until("completed")
+        clean(workload.report())
+    watch.check_completed()
 
 
 async def test_what_is_kept_for_the_way_back_is_bounded_too(pg16, pg18, make_scene):
