@@ -159,11 +159,12 @@ class Move:
         trigger = (await self.store.load_notes(self.claim)).get(TRIGGER, asked_by)
         if has_returned:
             await self.store.tombstone(self.claim, 0, self.limits.abandoned_s)
+        if trigger is not None:  # rather twice than never: nobody comes back to it once it has ended
+            await self._tell_of_rollback(str(trigger))
         await self.store.set_status(self.claim, outcome, error=self.claim.migration.error)
         reach("undone")
         if trigger is not None:
             self.observer.rolled_back(str(trigger))
-            await self._tell_of_rollback(str(trigger))
         return outcome
 
     async def _tell_of_rollback(self, trigger: str) -> None:

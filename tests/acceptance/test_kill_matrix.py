@@ -20,7 +20,7 @@ from mover.core.migration import Wish
 from mover.demo.stage import Stage
 from tests.acceptance.test_rollback import LONG_WINDOW
 from tests.conftest import every_combination
-from tests.support.acceptance import Home, Scene, Watch, at, clean, until_stopped
+from tests.support.acceptance import Home, Scene, Watch, at, clean, lives, until_stopped
 from tests.support.checks import leftovers
 from tests.support.crash_points import (
     CANCELLING,
@@ -48,6 +48,7 @@ select status in ('completed', 'cancelled', 'rolled_back')
        and coalesce(tombstone_check_at > now() + '1 minute', true)
   from platform.tenant_migrations where id = %s
 """
+TOLD = "select facts from platform.migration_events where migration_id = %s"
 OTHER_SERVER = """
 update platform.tenant_migrations set notes = jsonb_set(notes, '{servers,%s}', '"7/1"') where id = %%s
 """
@@ -86,11 +87,13 @@ class Chain:
             if self.scene.capture is Capture.WAL or point not in OF_THE_STREAM:
                 await self._relieved_by(self._stage(), at(point, self.blow))
                 await self._struck(self.stages[-1])
+                await self._awaken(self.stages[-2])
 
     async def go_on(self, *statuses: str) -> Stage:
         """By an owner to whom nothing happens, until the status is one of these."""
         stage = self._stage()
-        await self._relieved_by(stage, {})
+        if await self._relieved_by(stage, {}):
+            await self._awaken(self.stages[-2])
         await self.watch.until(*statuses)
         return stage
 
@@ -121,34 +124,40 @@ class Chain:
         self.stages.append(stage := self.scene.stage(name, lease_seconds=LEASE_S, **self.engine))
         return stage
 
-    async def _relieved_by(self, stage: Stage, environment: dict[str, str]) -> None:
-        """Whoever owned it before comes back once somebody else does, learns of it, and changes nothing."""
+    async def _relieved_by(self, stage: Stage, environment: dict[str, str]) -> bool:
+        """False where the one before died or froze after its last word: nobody claims it any more."""
         epoch = self.watch._read()["epoch"]
         self.scene.platform.execute(RELIEVE, self.watch.id)
         await stage.launch(**environment)
         if self._is_over():
-            return  # died or frozen after its last word: nobody claims it any more
+            return False
         await until(lambda: self.watch._read()["epoch"] > epoch or stage.process.returncode is not None)
-        before = self.stages[-2].process
-        if before is not None and before.returncode is None:
-            await self._awaken(self.stages[-2])
+        return True
 
     def _is_over(self) -> bool:
         ((over,),) = self.scene.platform.execute(IS_OVER, self.watch.id)
         return over
 
     async def _awaken(self, zombie: Stage) -> None:
+        """It learns that somebody else has gone on, and changes nothing."""
+        if not lives(zombie):
+            return
         zombie.send_signal(signal.SIGCONT)
         await until(lambda: "lease_lost" in zombie.log_path.read_text())
         await zombie.kill()  # it would claim other migrations, and this one when its lease is ended
 
     async def _struck(self, stage: Stage) -> None:
-        if self.blow is signal.SIGSTOP:
-            await until_stopped(stage, REACH_TIMEOUT_S)
-            return
-        async with asyncio.timeout(REACH_TIMEOUT_S):
-            code = await stage.wait()
-        assert code == -self.blow, (self.watch.seen, stage.log_path.read_text()[-3000:])
+        try:
+            if self.blow is signal.SIGSTOP:
+                return await until_stopped(stage, REACH_TIMEOUT_S)
+            async with asyncio.timeout(REACH_TIMEOUT_S):
+                code = await stage.wait()
+        except TimeoutError as error:
+            raise AssertionError(f"not reached: {self._state_of(stage)}") from error
+        assert code == -self.blow, self._state_of(stage)
+
+    def _state_of(self, stage: Stage) -> object:
+        return stage.name, self.watch.row, self.watch.seen, stage.log_path.read_text()[-3000:]
 
 
 @every_combination
@@ -202,6 +211,8 @@ async def test_a_tenant_comes_back(pg16, pg18, make_scene, points, capture, blow
         await made.go_on("rolled_back")
         await made.until_nothing_is_left(made.watch.target)
     made.watch.check_undone("rolled_back")
+    told = {name for facts in scene.platform.execute(TOLD, made.watch.id) for name in facts[0]}
+    assert {"alert", "billing"} <= told
 
 
 @every_combination
