@@ -56,6 +56,7 @@ class ServerFacts:
     extensions: Mapping[str, str] = field(default_factory=dict)
     roles: frozenset[str] = frozenset()
     long_transactions: tuple[LongTransaction, ...] = ()
+    strangers: tuple[str, ...] = ()  # ordinary roles other than ours that own schema `mover`, or a part of it
 
     @property
     def major(self) -> int:

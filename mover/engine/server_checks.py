@@ -90,6 +90,14 @@ def both_servers(facts: Facts, _: Classes) -> Iterator[Finding]:
                 f"role {server.role} may not create schemas on the {side}",
                 f'GRANT CREATE ON DATABASE "{server.database}" TO "{server.role}";',
             )
+        if server.strangers:
+            yield Finding(
+                "schema_of_a_stranger",
+                f"schema mover on the {side}, or something in it, belongs to {', '.join(server.strangers)},"
+                f" whose triggers would run with the rights of {server.role}",
+                f"DROP SCHEMA mover CASCADE; or, when it is an earlier mover's, ALTER SCHEMA mover OWNER TO"
+                f' "{server.role}"; and what is in it.',
+            )
         if server.connections_free < facts.connections_wanted:
             yield Finding(
                 "few_connections",

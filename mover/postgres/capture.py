@@ -42,7 +42,7 @@ def index_of(migration: MigrationId) -> sql.Identifier:
 
 def digest(*of: object) -> str:
     """A short name for a table, or for whatever else is meant, whatever its own."""
-    return hashlib.md5("/".join(map(str, of)).encode(), usedforsecurity=False).hexdigest()[:16]
+    return hashlib.md5("/".join(map(repr, of)).encode(), usedforsecurity=False).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

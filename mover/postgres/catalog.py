@@ -60,7 +60,13 @@ async def read_server(conn: Connection, label: str) -> ServerFacts:
         extensions={e["name"]: e["version"] for e in await rows(conn, "extensions")},
         roles=frozenset(r["name"] for r in await rows(conn, "roles")),
         long_transactions=tuple(LongTransaction(**t) for t in long_ones),
+        strangers=await strangers(conn),
     )
+
+
+async def strangers(conn: Connection) -> tuple[str, ...]:
+    """Ordinary roles other than ours that own our schema, or something in it."""
+    return tuple(row["name"] for row in await rows(conn, "strangers"))
 
 
 async def existing_schemas(conn: Connection, schemas: Collection[str]) -> dict[str, str | None]:

@@ -24,7 +24,7 @@ from mover.core.errors import (
     SchemaChanged,
     Unreachable,
 )
-from mover.core.ids import TenantId, new_mark
+from mover.core.ids import TableRef, TenantId, new_mark
 from mover.core.tables import Holding
 from mover.postgres import owner
 from mover.postgres.connect import Database, Identity
@@ -34,6 +34,8 @@ from mover.sql import load
 
 # A transaction open for longer than this when the cutover begins is waited for outside the fence.
 MAX_HOLDER_AGE_S = 0.5
+# For the lock of a table that somebody keeps for himself, before the fence is closed.
+READY_LOCK_S = 1
 _HOLD = "hold"
 
 
@@ -169,17 +171,17 @@ class PgFence:
             self._database.connect(
                 _HOLD,
                 synchronous_commit="on",
+                lock_timeout=f"{READY_LOCK_S}s",
                 idle_session_timeout=hold,
                 idle_in_transaction_session_timeout=hold,
             )
         )
-        with translate(self._database.label):
-            standing = await self._guards.standing(self._holder)
-            await self._warm_up(self._holder)
-        guarded = self._guarded_tables
-        missing = sorted(
-            h.table for h in guarded if not self._guards.suffices(standing.get(h.table, UNGUARDED), h)
-        )
+        try:
+            with translate(self._database.label):
+                missing = await self._weakly_guarded(self._holder)
+                await self._warm_up(self._holder)
+        except LockNotAvailable as error:  # what the triggers say is not read beside ACCESS EXCLUSIVE
+            raise CutoverAborted("somebody holds the lock of a table that is to be fenced") from error
         if missing:
             raise SchemaChanged(
                 f"{self._database.label}: the guard is gone or disabled on {', '.join(map(str, missing))}",
@@ -189,6 +191,7 @@ class PgFence:
     async def _warm_up(self, conn: Connection) -> None:
         """What the pause executes, without effect: a new session has to read the catalog and to plan."""
         await self._holders(conn)
+        await conn.execute(load("fence")["altering"], {"triggers": self._guards.names}, prepare=True)
         await self._transition(conn, (), "closed")
 
     async def close(self, lock_timeout_s: float) -> str:
@@ -228,9 +231,28 @@ class PgFence:
         # fence open. It holds the lock until after the commit, so that no writer slips in behind the mark.
         await conn.execute("SELECT pg_advisory_lock(%s)", (self.key,))
         reach("cutover.locked")
+        await self._refuse_altered(conn)
         cursor = await self._transition(conn, ("open",), "closed", mark)
         if await cursor.fetchone() is None:
             await self._explain(conn, ("open",))
+
+    async def _refuse_altered(self, conn: Connection) -> None:
+        """Whoever takes our triggers away, or lets them sleep, writes past them and holds no lock of the
+        tenant's; until he commits, the catalog does not show it. Called under the lock."""
+        cursor = await conn.execute(load("fence")["altering"], {"triggers": self._guards.names}, prepare=True)
+        found = [table for (table,) in await cursor.fetchall()]
+        found = found or [str(table) for table in await self._weakly_guarded(conn)]
+        if found:
+            await conn.execute("SELECT pg_advisory_unlock_all()")
+            raise CutoverAborted(f"somebody alters, or has altered, {', '.join(found)}")
+
+    async def _weakly_guarded(self, conn: Connection) -> list[TableRef]:
+        standing = await self._guards.standing(conn)
+        return sorted(
+            holding.table
+            for holding in self._guarded_tables
+            if not self._guards.suffices(standing.get(holding.table, UNGUARDED), holding)
+        )
 
     async def reopen(self) -> None:
         await self._change(("closed", "aborted"), "open")

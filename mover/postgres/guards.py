@@ -138,6 +138,11 @@ class Guards:
             return handing_over
         return ("rehome", *_vacating(holding), *handing_over)
 
+    @property
+    def names(self) -> list[str]:
+        """Of all triggers of this place."""
+        return [self._trigger(kind) for kind in (*_GUARDING, *_TELLING)]
+
     async def standing(self, conn: Connection) -> Standing:
         """The tables that carry triggers of this place, a partitioned one before its partitions, whose row
         triggers go with it."""
@@ -218,7 +223,7 @@ class Guards:
         refers_anew = sql.SQL("ROW({}) IS DISTINCT FROM ROW({})").format(old_values, new_values)
         inserted = sql.SQL("{}({}, true)").format(function, new_values)
         deleted = sql.SQL("{}({}, false)").format(function, old_values)
-        updated = sql.SQL("({}({}, {anew}) OR {anew} AND {})").format(
+        updated = sql.SQL("({}({}, true) OR {anew} AND {})").format(
             function, new_values, deleted, anew=refers_anew
         )
         return {"insert": inserted, "update": updated, "delete": deleted}

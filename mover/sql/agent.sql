@@ -1,9 +1,12 @@
 -- What the mover owns in each database it touches: one schema, `mover`. Every statement may be repeated.
 
--- name: install
+-- name: make_schema
 -- Locks: none on the application's objects. Two installers take turns by an advisory lock.
 SELECT pg_advisory_xact_lock(hashtextextended('mover.schema', 0));
 CREATE SCHEMA IF NOT EXISTS mover;
+
+-- name: install
+-- After make_schema, in its transaction.
 CREATE TABLE IF NOT EXISTS mover.owner (
     migration uuid PRIMARY KEY,
     epoch bigint NOT NULL

@@ -10,7 +10,8 @@ WITH relations AS (
   SELECT c.* FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
    WHERE n.nspname = ANY(%(schemas)s) AND c.relkind IN ('r', 'p', 'f')
 ), lines AS (
-  SELECT concat_ws(' ', 'table', c.oid, c.relnamespace, c.relname, c.relkind, md5(c.relpartbound::text),
+  SELECT concat_ws(' ', 'table', c.oid, c.relnamespace, c.relname, c.relkind, c.relrowsecurity, c.relforcerowsecurity,
+                   md5(c.relpartbound::text),
                    CASE WHEN c.relispartition OR c.relkind = 'p' THEN concat(c.relreplident,
                      (SELECT i.indexrelid FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)) END,
                    (SELECT i.inhparent || ' ' || i.inhdetachpending FROM pg_inherits i

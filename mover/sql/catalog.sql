@@ -42,6 +42,17 @@ SELECT extname::text AS name, extversion AS version FROM pg_extension;
 -- All roles of the cluster, and whether ours may act for them.
 SELECT rolname::text AS name, pg_has_role(oid, 'USAGE') AS member FROM pg_roles;
 
+-- name: strangers
+-- Who owns our own schema or something in it without being us or a superuser: his triggers would run with our
+-- rights.
+SELECT DISTINCT o.rolname::text AS name
+  FROM (SELECT nspowner AS oid FROM pg_namespace WHERE nspname = 'mover'
+        UNION SELECT relowner FROM pg_class WHERE relnamespace = to_regnamespace('mover')
+        UNION SELECT proowner FROM pg_proc WHERE pronamespace = to_regnamespace('mover')) AS owners
+  JOIN pg_roles o USING (oid)
+ WHERE o.rolname <> current_user AND NOT o.rolsuper
+ ORDER BY name;
+
 -- name: long_transactions
 -- Transactions of others that are older than `age_seconds`, prepared ones included, oldest first.
 SELECT pid, coalesce(application_name, '') AS application,

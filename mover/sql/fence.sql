@@ -100,7 +100,9 @@ IF current_setting('mover.tenant', true) = {tenant_value} THEN
     IF (CASE WHEN pg_try_advisory_xact_lock_shared({key})
              THEN pg_sequence_last_value('mover.{state_sequence}') END) IS DISTINCT FROM 1
     THEN
-        IF pg_sequence_last_value('mover.{opened_sequence}') IS NULL AND ({ours}) IS NULL THEN
+        IF pg_sequence_last_value('mover.{opened_sequence}') IS NULL
+           AND pg_sequence_last_value('mover.{state_sequence}') <> 4 AND ({ours}) IS NOT TRUE
+        THEN
             PERFORM mover.{wait_function}();
         ELSIF NOT mover.{ask_function}() THEN
             {moved};
@@ -116,7 +118,7 @@ PERFORM mover.{refuse_function}()
 -- it does; but what is older than the pause may hide an owner.
 IF {ours} THEN
                 PERFORM mover.{refuse_function}();
-            ELSIF current_setting('transaction_isolation') <> 'read committed' THEN
+            ELSIF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
                 RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'tenant {tenant} has moved',
                     HINT = 'Retry the transaction.';
             END IF;
@@ -219,8 +221,16 @@ DECLARE
     in_doubt boolean := false;
 BEGIN
     {ties}
-    IF in_doubt AND pg_sequence_last_value('mover.{state_sequence}') <> 4 THEN
-        RETURN NULL;
+    IF in_doubt THEN
+        IF pg_sequence_last_value('mover.{state_sequence}') <> 4 THEN
+            RETURN NULL;
+        ELSIF current_setting('transaction_isolation') IN ('repeatable read', 'serializable')
+              AND current_setting('session_replication_role') = 'replica'
+        THEN
+            -- What is older than the owner does not see it, and no foreign key stops the row.
+            RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'tenant {tenant} has moved',
+                HINT = 'Retry the transaction.';
+        END IF;
     END IF;
     RETURN false;
 END
@@ -238,7 +248,7 @@ GRANT EXECUTE ON FUNCTION mover.{owned_function}({parameters}, boolean) TO PUBLI
     -- and then waits for the lock.
     has_changed := coalesce(pg_sequence_last_value('mover.{owners_sequence}') = 2
                             OR {is_owned} AND pg_sequence_last_value('mover.{parents_sequence}') = 2, false);
-    IF current_setting('transaction_isolation') <> 'read committed' AND (has_changed OR NOT EXISTS (
+    IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') AND (has_changed OR NOT EXISTS (
         SELECT FROM pg_trigger WHERE tgrelid = {owner_oid} AND tgfoid = to_regproc({hand_over_function})))
     THEN
         -- Fails where the owner has changed since the transaction's snapshot, which may be older than our triggers:
@@ -521,6 +531,15 @@ SELECT coalesce('pid ' || l.pid, 'prepared transaction ' || p.transaction),
    AND l.classid::bigint = (%(key)s::bigint >> 32) & 4294967295
    AND l.objid::bigint = %(key)s::bigint & 4294967295
  ORDER BY age DESC
+
+-- name: altering
+-- Guarded tables, and partitions, from which a transaction that has not ended may have taken the guards. Asked in a
+-- statement of its own, before the catalog is: who has ended by then is found there. Reads only.
+SELECT DISTINCT l.relation::regclass::text FROM pg_locks l JOIN pg_trigger t ON t.tgrelid = l.relation
+ WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND l.mode IN ('ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+   AND t.tgname = ANY (%(triggers)s::name[])
 
 -- name: end_session
 -- A holding session of which the owner does not know what it still does; waits until it is gone.

@@ -284,3 +284,10 @@ async def test_what_does_not_concern_rows_leaves_the_stamp_alone(make_database, 
     assert await s.site.schema_stamp() == s.stamp
     s.on("source", "truncate {0}.deals")
     assert await s.site.schema_stamp() != s.stamp
+
+
+@pytest.mark.parametrize("change", ["enable", "force"])
+async def test_row_security_that_may_hide_rows_changes_the_stamp(make_database, pg16, pg18, change):
+    s = await sides(make_database, pg16, pg18)
+    s.on("source", f"alter table {{0}}.deals {change} row level security")
+    assert await s.site.schema_stamp() != s.stamp

@@ -9,6 +9,7 @@ from asyncio.subprocess import PIPE, Process
 
 import psycopg
 import pytest
+from psycopg import AsyncConnection
 
 from mover.core.errors import CutoverAborted, LeaseLost, MoverError, Unreachable
 from mover.postgres import fence, guards, owner
@@ -339,3 +340,45 @@ async def test_refusals_are_counted_though_their_transactions_roll_back(url):
             with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
                 await write(world)
         assert await world.fence.refused_writes() == 3
+
+
+ALTERATIONS = {
+    "disabled": "ALTER TABLE app.item DISABLE TRIGGER USER",
+    "dropped": "DROP TRIGGER mover_guard_{0}_update ON app.item",
+    "asleep on replicas": "ALTER TABLE app.item ENABLE TRIGGER mover_guard_{0}_insert",
+}
+ALTERED = pytest.mark.parametrize("alteration", ALTERATIONS.values(), ids=ALTERATIONS.keys())
+
+
+@ALTERED
+async def test_the_fence_stays_open_while_somebody_may_write_past_the_guards(url, alteration):
+    """The catalog does not show yet what he has done, and he holds no lock of the tenant's writers."""
+    async with fenced(url) as world, await AsyncConnection.connect(world.url) as past:
+        await world.fence.get_ready()
+        await past.execute(alteration.format(world.fence.name))
+        with pytest.raises(CutoverAborted, match=r"app\.item"):
+            await world.fence.close(lock_timeout_s=1)
+        assert await world.fence.state() == "open"
+        await past.rollback()
+        await world.fence.get_ready()
+        await world.fence.close(lock_timeout_s=1)
+
+
+@ALTERED
+async def test_the_fence_stays_open_where_guards_went_since_they_were_looked_at(url, alteration):
+    async with fenced(url) as world:
+        await world.fence.get_ready()
+        await world.ask(alteration.format(world.fence.name))
+        with pytest.raises(CutoverAborted, match=r"app\.item"):
+            await world.fence.close(lock_timeout_s=1)
+        assert await world.fence.state() == "open"
+        await write(world)
+
+
+async def test_getting_ready_does_not_wait_for_whoever_holds_a_table_for_himself(url):
+    async with fenced(url) as world, await AsyncConnection.connect(world.url) as other:
+        await other.execute("LOCK TABLE app.item")
+        with pytest.raises(CutoverAborted, match="holds the lock"):
+            await world.fence.get_ready()
+        await other.rollback()
+        await world.fence.get_ready()

@@ -194,6 +194,64 @@ async def test_an_owner_that_an_old_snapshot_does_not_show_is_not_taken_for_nobo
                 await writing
 
 
+@pytest.mark.parametrize("level", LATER)
+async def test_an_owner_that_an_old_snapshot_does_not_show_is_not_taken_for_nobodys_after_the_move(
+    pair, level, capture
+):
+    async with made_rig(pair, ddl(), capture) as r:
+        execute(pair.source, ROWS)
+        with writer(pair.source, level) as late:
+            late.execute("set local session_replication_role = replica")
+            execute(pair.source, "insert into app.documents values (%s, 8, 't')", TENANT)
+            async with closed(r):
+                await r.fence.move_away()
+            with pytest.raises(psycopg.errors.SerializationFailure):
+                late.execute(CHILD_FIRST)
+
+
+@pytest.mark.parametrize("level", ["read committed", *LATER])
+async def test_a_row_of_nobodys_is_the_tenants_once_its_owner_comes(pair, level, capture):
+    """Foreign keys do not act on an update that leaves them alone, so that it waits for nobody."""
+    async with made_rig(pair, ddl(), capture) as r:
+        execute(pair.source, ROWS)
+        orphaned = "set session_replication_role = replica; delete from app.documents where id = 2"
+        with psycopg.connect(pair.source) as conn:
+            conn.execute(orphaned)
+        with writer(pair.source) as coming, writer(pair.source, level) as late:
+            coming.execute("insert into app.documents values (%s, 2, 't')", (TENANT,))
+            late.execute("update app.versions set note = 'late' where id = 20")
+            coming.commit()
+            with pytest.raises(CutoverAborted):
+                async with closed(r):
+                    pass
+            late.commit()
+
+
+WEAK = pytest.mark.parametrize("level", ["read uncommitted", "read committed"])
+
+
+@WEAK
+async def test_who_has_no_snapshot_of_his_own_keeps_nobody_from_changing_an_owner(pair, level, capture):
+    async with made_rig(pair, ddl(), capture):
+        execute(pair.source, ROWS)
+        execute(pair.source, "update app.documents set tenant_id = %s where id = 4", TENANT)
+        with writer(pair.source, level) as looking, writer(pair.source) as changing:
+            looking.execute("update app.versions set note = 'late' where document = 2")
+            changing.execute("update app.documents set title = 'x' where id = 2")
+
+
+@WEAK
+async def test_who_has_no_snapshot_of_his_own_goes_on_when_the_tenant_has_moved(pair, level, capture):
+    async with made_rig(pair, ddl(DEFERRED), capture) as r:
+        execute(pair.source, ROWS)
+        with writer(pair.source, level) as other:
+            async with closed(r):
+                writing = asyncio.create_task(asyncio.to_thread(other.execute, CHILD_FIRST))
+                await is_waiting(pair.source)
+                await r.fence.move_away()
+            await writing
+
+
 async def test_where_rows_are_loaded_nobody_waits_for_whoever_holds_an_owner(pair):
     """A target's fence is closed for hours, and two of other tenants' sessions would wait for each other."""
     async with made_rig(pair, ddl(DEFERRED), Capture.WAL) as r:
@@ -204,6 +262,38 @@ async def test_where_rows_are_loaded_nobody_waits_for_whoever_holds_an_owner(pai
             holding.execute("select from app.documents where id = 2 for update")
             other.execute(UNDER_A_HELD_OWNER)
             other.execute(CHILD_FIRST)
+
+
+BEHIND_ITS_CHILD = f"""
+with made as (insert into app.documents values ('{OTHER}', 800, 't'))
+insert into app.versions values (8000, 800, 'n')
+"""
+
+
+async def test_where_rows_are_loaded_nobody_waits_whose_owner_is_made_in_the_same_statement(pair):
+    async with made_rig(pair, ddl(), Capture.WAL) as r:
+        execute(pair.target, ROWS)
+        place = PgFence(r.target, TENANT, "there", Identity(r.migration, Epoch(1)), 1.0)
+        await place.install([t.holding(Side.TARGET) for t in r.subject.shape.tables], "closed", quiet)
+        execute(pair.target, BEHIND_ITS_CHILD)
+
+
+async def test_where_rows_are_loaded_nobody_waits_whose_owner_is_let_go_meanwhile(pair):
+    async with made_rig(pair, ddl(), Capture.WAL) as r:
+        execute(pair.target, ROWS)
+        place = PgFence(r.target, TENANT, "there", Identity(r.migration, Epoch(1)), 1.0)
+        await place.install([t.holding(Side.TARGET) for t in r.subject.shape.tables], "closed", quiet)
+        late = "update app.versions set note = (select 'late' from pg_advisory_xact_lock(document)) where {}"
+        with writer(pair.target) as holding, writer(pair.target) as gate, writer(pair.target) as other:
+            other.execute("set local lock_timeout = 0")
+            holding.execute("select from app.documents where id = 2 for update")
+            gate.execute("select pg_advisory_xact_lock(4)")
+            ending = asyncio.create_task(asyncio.to_thread(other.execute, late.format("document in (2, 4)")))
+            await is_waiting(pair.target)  # the row of document 2 was in doubt, and the statement goes on
+            holding.rollback()
+            gate.rollback()
+            await ending
+            other.commit()
 
 
 async def test_where_the_tenant_may_come_back_nobody_waits_for_whoever_holds_an_owner(pair):

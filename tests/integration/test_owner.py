@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ import asyncpg
 import psycopg
 import pytest
 
-from mover.core.errors import LeaseLost, LockNotAvailable
+from mover.core.errors import LeaseLost, LockNotAvailable, Refused
 from mover.core.ids import Epoch, MigrationId
 from mover.core.secret import Secret
 from mover.postgres import agent, owner
@@ -149,3 +150,29 @@ async def test_epochs_of_several_digits_are_compared_as_numbers(url):
         with pytest.raises(LeaseLost):
             await owner.take(database(url, old), old)
         await owner.hold(conn, new)
+
+
+async def test_a_schema_that_somebody_else_has_made_is_not_ours(url):
+    """His triggers would run with our rights, and he could drop our guards."""
+    somebody, ours = f"somebody_{uuid4().hex[:8]}", f"mover_{uuid4().hex[:8]}"
+    name = url.rpartition("/")[2]
+    for role in (somebody, ours):
+        await ask(url, f"CREATE ROLE {role} LOGIN")
+        await ask(url, f"GRANT CREATE ON DATABASE {name} TO {role}")
+    theirs = url.replace("postgres@", f"{somebody}@")
+    await ask(theirs, "CREATE SCHEMA mover")
+    await ask(theirs, "GRANT ALL ON SCHEMA mover TO public")
+    await ask(theirs, "CREATE TABLE mover.owner (migration uuid PRIMARY KEY, epoch bigint NOT NULL)")
+    await ask(theirs, "GRANT ALL ON mover.owner TO public")
+    identity = Identity(MigrationId(uuid4()), Epoch(1))
+    install = functools.partial(agent.install, database(url.replace("postgres@", f"{ours}@"), identity))
+    with pytest.raises(Refused, match=somebody):
+        await install(identity)
+    await ask(url, f"ALTER SCHEMA mover OWNER TO {ours}")
+    with pytest.raises(Refused, match=somebody):
+        await install(identity)
+    await ask(url, f"ALTER TABLE mover.owner OWNER TO {ours}")
+    await install(identity)
+    await ask(url, f"DROP OWNED BY {somebody}, {ours} CASCADE")
+    for role in (somebody, ours):
+        await ask(url, f"DROP ROLE {role}")

@@ -96,6 +96,7 @@ def examples() -> Mapping[str, Facts]:
         "encoding": facts(source=server(encoding="LATIN1")),
         "pooler": facts(source=server(pooled=True)),
         "no_create": facts(source=server(may_create_schema=False)),
+        "schema_of_a_stranger": facts(source=server(strangers=("app",))),
         "no_replica_role": facts(source=server(may_set_replica_role=False)),
         "trigger_on_clean_up": facts(
             table("documents", triggers=(TriggerFacts("audit", True, "O"),)),

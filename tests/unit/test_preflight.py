@@ -53,6 +53,7 @@ def test_a_sound_migration_has_no_findings():
         ({"encoding": "SQL_ASCII"}, "encoding", False),
         ({"pooled": True}, "pooler", False),
         ({"may_create_schema": False}, "no_create", False),
+        ({"strangers": ("app",)}, "schema_of_a_stranger", False),
         ({"may_set_replica_role": False}, "no_replica_role", True),
         ({"slot_wal_keep_mb": 512}, "slot_wal_keep", True),
         ({"connections_used": 90}, "few_connections", True),
