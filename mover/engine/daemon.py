@@ -256,7 +256,10 @@ class Work:
         delay = min(HALF_DONE_S if self._is_half_done else longest, first * 2 ** (self.failures[key] - 1))
         self._pass_time(delay)
         attempt_s = self.clock.monotonic() - self._began_at
-        self.progress.failing_s = delay + attempt_s + (self.progress.failing_s if attempt_s < longest else 0)
+        failed_s = (
+            self.progress.failing_s + attempt_s if attempt_s < longest else 0
+        )  # else it got on meanwhile
+        self.progress.failing_s = failed_s + delay
         self.progress.waiting_for = f"{error}; trying again in {delay:.0f} s"
         await self._save()
         await self.store.note_error(self.claim, describe(error))

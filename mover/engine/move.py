@@ -41,7 +41,17 @@ from mover.engine.flow import Flow, open_flow
 from mover.engine.follow import Follower
 from mover.engine.health import Health, Probes
 from mover.engine.journal import Journal, ask_for_rollback
-from mover.engine.losses import LOST, LOST_BACK, found_again, is_lost, note_changed_servers, noting_loss
+from mover.engine.losses import (
+    DAMAGE,
+    KEPT,
+    LOST,
+    LOST_BACK,
+    changed_server,
+    found_again,
+    is_lost,
+    note_changed_servers,
+    noting_loss,
+)
 from mover.engine.observer import Observer
 from mover.engine.preflight import refusal
 from mover.engine.resync import Resync
@@ -68,7 +78,6 @@ COMPARE_INTERVAL_S = 60.0
 NOTHING_SWITCHED = "Nothing was switched."
 RETURN = "return.switch"  # the step in which a tenant is brought back
 ERROR_RATE_BEFORE = "error_rate_before"  # the switch: a note
-DAMAGE = "damage_after_switch"  # the note that keeps the source from being cleaned
 TRIGGER = "trigger"  # the note of what has asked for the rollback
 SETTLE_INTERVAL_S = 0.2
 
@@ -179,7 +188,13 @@ class Move:
 
     async def clear_abandoned(self) -> None:
         """Nobody has needed what the tenant had left on the target when he came back."""
-        await self._clear_target((await self._stored_plan()).shape)
+        shape, step = (await self._stored_plan()).shape, self.journal.step
+        await step("undo.target_ownership", self.site.own_target)
+        # Under the guards, which say whose the place is: a later migration may have brought the tenant there.
+        if await self.site.target_fence.state() == "moved":
+            await step("undo.target_rows", self.site.remove_target_rows, shape, self.journal.say)
+        await step("undo.target_guards", self.site.unguard_target, shape, self.journal.wait_for)
+        await step("undo.forget_target", self.site.forget_target)
         self.site.rest()
         await self.store.end_tombstone(self.claim)
         await self.journal.say("the abandoned target is cleared: nothing of ours is left")
@@ -239,9 +254,23 @@ class Move:
         await self.site.take_over()
         if self.journal.was_reached(Phase.CLEANUP):  # then the target was open, and its fence may be gone
             return True
+        if self.switched_at_s is not None:
+            await self._must_have_been_opened()
         switched = await self._settle(self._ends)
         self.may_rest = True
         return switched
+
+    async def _must_have_been_opened(self) -> None:
+        """A target from before the switch is not opened: what was written since is on the source at best.
+
+        Raises DamageAfterSwitch."""
+        changed = await changed_server(self.store, self.claim, self.site, Side.TARGET)
+        if changed and (state := await self.site.target_fence.state()) != "open":
+            raise DamageAfterSwitch(
+                f"another server stands for the target: {changed[0]} then, {changed[1]} now; it is from"
+                f" before the switch, for its fence is {state}",
+                hint="Restore the target from later. The source keeps its rows, and what it has followed.",
+            )
 
     async def _begin(self) -> Plan:
         """The phases before rows flow; a plan that was stored is kept."""
@@ -311,7 +340,8 @@ class Move:
                         following = tasks.create_task(follower.run(), name="follower")
                         async with self.journal.phase(Phase.COPY):
                             if lost:
-                                await self._resynchronise(flow, LOST)
+                                await self._resynchronise(flow)
+                                await found_again(self.store, self.claim, LOST)
                             await copy.run()
                         async with self.journal.phase(Phase.INDEX):
                             await follower.catch_up_once()  # foreign keys: with what has been corrected
@@ -377,20 +407,20 @@ class Move:
             gate=gate,
         )
 
-    async def _resynchronise(self, flow: Flow, note: str, *, everything: bool = False) -> None:
+    async def _resynchronise(self, flow: Flow, *, everything: bool = False) -> None:
         """What the target holds of the source is what it held when changes were lost."""
         await self.journal.say("changes are lost: both sides are compared, and what differs is copied anew")
         resync = Resync(
             flow, self.claim.migration.tenant, self.clock, self.limits.wave_seconds, self.journal.say
         )
         await resync.run(everything=everything)
-        await found_again(self.store, self.claim, note)
 
     async def _restore(self, flow: Flow) -> None:
         """The source has missed changes of the target that it follows."""
         async with self.journal.line("back.resynchronise"):
-            await self._resynchronise(flow, LOST_BACK, everything=True)
+            await self._resynchronise(flow, everything=True)
             await self._copy_of(flow, Progress()).run()
+            await found_again(self.store, self.claim, LOST_BACK)  # until then not everything is there
 
     def _show_totals(self, shape: Shape) -> None:
         self.progress.rows_total = sum(t.estimated_rows for t in shape.tables)
@@ -545,7 +575,7 @@ class Move:
                 await self.way_back.give_up("the comparison after the switch found a difference")
                 raise DamageAfterSwitch(
                     f"after the switch: {damage}",
-                    hint=f"The source keeps its rows while the migration's notes hold `{DAMAGE}`.",
+                    hint=KEPT,
                 )
             await self._count_refused()
             left = self.progress.eta_seconds = round(self._window_left(), 1)
@@ -665,7 +695,9 @@ class Move:
 
     async def _must_be_served_by_target(self, shape: Shape) -> None:
         """The source's rows may be the last ones. Raises DamageAfterSwitch."""
-        if (state := await self.site.target_fence.state()) != "open":
+        if changed := await changed_server(self.store, self.claim, self.site, Side.TARGET):
+            why = f"another server stands for the target: {changed[0]} then, {changed[1]} now"
+        elif (state := await self.site.target_fence.state()) != "open":
             why = f"the target's fence is {state}"
         elif not await self.site.holds_rows(shape, Side.TARGET) and await self.site.holds_rows(
             shape, Side.SOURCE

@@ -121,6 +121,11 @@ class Site(Protocol):
         """System identifier and timeline of each side: they change with a restore or a promotion."""
         ...
 
+    async def has_all_that_was_applied(self, known: str) -> bool:
+        """Whether the source, another server now than `known` (as `server_identities` had it), has all of its
+        changes that are on the target already; False also where it does not tell."""
+        ...
+
     async def own_source(self) -> None:
         """Install our schema there and raise the epoch; ends an old owner's backends."""
         ...

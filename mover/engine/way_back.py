@@ -15,14 +15,22 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from mover.core.copying import CopiedRanges
-from mover.core.errors import KeepsTooMuch, NoWayBack, PlanOutdated
-from mover.core.ids import Lsn
+from mover.core.errors import DamageAfterSwitch, KeepsTooMuch, NoWayBack, PlanOutdated
+from mover.core.ids import Lsn, Side
 from mover.core.migration import Claim, Progress
 from mover.core.plan_codec import decode_plan, encode_plan
 from mover.core.tables import Finding, Plan, Shape
 from mover.engine.flow import Flow, open_flow
 from mover.engine.journal import Journal
-from mover.engine.losses import LOST_BACK, is_lost, note_changed_servers, noting_loss
+from mover.engine.losses import (
+    DAMAGE,
+    KEPT,
+    LOST_BACK,
+    changed_server,
+    is_lost,
+    note_changed_servers,
+    noting_loss,
+)
 from mover.engine.observer import Observer
 from mover.engine.site import Site
 from mover.ports import MoveStore
@@ -100,7 +108,14 @@ class WayBack:
         return open_flow(back, shape, tenant, self.progress, self.observer, self._check, STILL_THERE)
 
     async def _has_lost(self, shape: Shape) -> bool:
-        """Whether changes will never come; then those that come begin anew."""
+        """Whether changes will never come; then those that come begin anew.
+
+        Raises DamageAfterSwitch where the target may lack what the source has of it; nothing is removed."""
+        if server := await changed_server(self.store, self.claim, self.site, Side.TARGET):
+            if not await self.site.back().has_all_that_was_applied(server[0]):
+                why = "another server stands for the target, which may lack rows that are on the source"
+                await self.store.save_note(self.claim, DAMAGE, why)
+                raise DamageAfterSwitch(why, hint=KEPT)
         if changed := await note_changed_servers(self.store, self.claim, self.site, LOST_BACK):
             await self.journal.say(f"the way back: {changed}", "warning")
         if not await is_lost(self.store, self.claim, LOST_BACK):

@@ -134,6 +134,12 @@ class Database:
             yield conn
 
     @asynccontextmanager
+    async def connect_replication(self, purpose: str) -> AsyncIterator[Connection]:
+        """To a walsender, which knows replication commands; for a role with REPLICATION."""
+        async with self._opened({**self.conninfo(purpose), "replication": "database"}) as conn:
+            yield conn
+
+    @asynccontextmanager
     async def _opened(self, parameters: dict[str, Any]) -> AsyncIterator[Connection]:
         async with self._slot():
             with translate(self.label):

@@ -140,6 +140,13 @@ async def begin_here(source: Database, target: Database, identity: Identity) -> 
     reach("cutover.way_back")
 
 
+async def applied(target: Database, identity: Identity) -> Lsn:
+    """Up to where the source's changes are on the target."""
+    async with target.borrow("progress") as conn:
+        row = await (await conn.execute(_APPLIED, (identity.stream,))).fetchone()
+    return Lsn(0) if row is None else Lsn.parse(str(row[0]))
+
+
 async def drop_slot(database: Database, migration: MigrationId) -> None:
     """Ends whoever reads the slot and drops it; nothing happens if it is gone."""
     name = name_of(migration)
@@ -201,6 +208,7 @@ async def _writers(conn: psycopg.AsyncConnection[tuple[object, ...]]) -> str:
     return ", ".join(f"pid {pid} ({app}, {age})" for pid, app, age in rows) or "none left"
 
 
+_APPLIED = "SELECT applied_lsn::text FROM mover.progress WHERE migration = %s"
 _CREATE_SLOT = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
 _PUBLISHED = """
 SELECT n.nspname, c.relname

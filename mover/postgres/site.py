@@ -24,7 +24,18 @@ from mover.core.ownership import holdings_in
 from mover.core.tables import Holding, MovedTable, Plan, Shape
 from mover.engine.preflight import judge, judge_again, judge_back, judge_references
 from mover.engine.site import Aligned, Kept, Link, Say, Stream
-from mover.postgres import agent, align, capture, catalog, clone, identity, publication, pulse, remarks
+from mover.postgres import (
+    agent,
+    align,
+    capture,
+    catalog,
+    clone,
+    identity,
+    publication,
+    pulse,
+    remarks,
+    timeline,
+)
 from mover.postgres.align import Look
 from mover.postgres.bulk import BulkCopier
 from mover.postgres.change_log import PgChangeLog
@@ -135,13 +146,13 @@ class PgSite:
             return False
 
     async def server_identities(self) -> Mapping[str, str]:
-        found = {}
-        for side, database in ((Side.SOURCE, self.source), (Side.TARGET, self.target)):
-            async with database.borrow("identity") as conn:
-                row = await (await conn.execute(_SERVER_IDENTITY)).fetchone()
-                assert row is not None
-                found[side.value] = str(row[0])
-        return found
+        sides = ((Side.SOURCE, self.source), (Side.TARGET, self.target))
+        return {side.value: await timeline.identity(database) for side, database in sides}
+
+    async def has_all_that_was_applied(self, known: str) -> bool:
+        has = await timeline.left_at(self.source, known)
+        applied = await publication.applied(self.target, self.identity)
+        return has is not None and applied <= has
 
     async def own_source(self) -> None:
         await agent.install(self.source, self.identity)
@@ -444,6 +455,3 @@ def _planned_keys(shape: Shape) -> Iterator[ForeignKey]:
 
 # Any role may call both functions (PostgreSQL 15 to 18).
 # The timeline by the WAL that is written now: the last checkpoint's may be older than a promotion.
-_SERVER_IDENTITY = """
-SELECT system_identifier || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8) FROM pg_control_system()
-"""

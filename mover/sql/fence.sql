@@ -465,10 +465,14 @@ DROP SEQUENCE IF EXISTS mover.{parents_sequence};
 
 -- name: record
 -- Under the owner's row. The place's row, in the state that this migration begins with; taken over from
--- an earlier migration, whose tombstone is remembered in case the tenant does not come back after all.
+-- an earlier migration, whose tombstone is remembered in case the tenant does not come back after all; whoever still
+-- clears the place for that one loses it with his owner's row, at the latest behind the batch that he is at.
 -- Repeatable: this migration's own state stays, and the sequences are set to it.
 WITH known AS (
     SELECT 1 FROM mover.fence WHERE name = %(name)s AND migration = %(migration)s
+), disowned AS (
+    DELETE FROM mover.owner o USING mover.fence f
+     WHERE f.name = %(name)s AND f.migration <> %(migration)s AND o.migration = f.migration
 ), recorded AS (
     INSERT INTO mover.fence AS f (name, tenant, vertical, state, epoch, migration)
     VALUES (%(name)s, %(tenant)s, %(vertical)s, %(state)s, %(epoch)s, %(migration)s)

@@ -143,7 +143,8 @@ values (%(id)s, 'info', %(message)s, %(facts)s)
 
 -- name: trigger
 -- Runs under lock_claim. No row where something is wished for already, or nothing can be rolled back; so it may
--- be repeated. One that is paused has nobody at work who would hear a wish.
+-- be repeated: the status here decides whether it was switched, and only one trigger is for afterwards. One that is
+-- paused has nobody at work who would hear a wish.
 with wished as (
     update platform.tenant_migrations
        set wish = case when status <> 'paused' then 'rollback' end,
@@ -151,7 +152,9 @@ with wished as (
            outcome = case when status = 'paused' then 'rolled_back' else outcome end,
            error = %(error)s,
            notes = notes || jsonb_build_object('trigger', %(trigger)s::text)
-     where id = %(id)s and wish is null and status in ('in_progress', 'paused', 'monitoring')
+     where id = %(id)s and wish is null
+       and status = any(case when %(trigger)s = 'error_rate_spike' then '{monitoring}'
+                             else '{in_progress,paused}' end::text[])
     returning id
 ), audited as (
     insert into platform.audit (who, role, action, subject, result, facts)

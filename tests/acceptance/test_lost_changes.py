@@ -8,10 +8,22 @@ import signal
 
 import pytest
 
-from tests.acceptance.test_rollback import LONG_WINDOW, are_equal, until_written
-from tests.support.acceptance import CORE, ESTATE, Home, Scene, Watch, clean
-from tests.support.checks import leftovers
-from tests.support.failover import fail_over
+from mover.demo.stage import Stage
+from tests.acceptance.test_rollback import LONG_WINDOW, are_equal, leftovers_of_the_stream, until_written
+from tests.support.acceptance import (
+    CORE,
+    ENDED,
+    ESTATE,
+    Home,
+    Scene,
+    Watch,
+    at,
+    clean,
+    killed,
+    until_stopped,
+)
+from tests.support.checks import leftovers, tenant_fingerprints
+from tests.support.failover import fail_over, fail_over_to, keep_standby
 from tests.support.waiting import until
 
 DROP_SLOTS = """
@@ -104,6 +116,87 @@ async def test_a_target_that_has_failed_over_is_followed_back(spare_server, pg16
         await until(lambda: leftovers(watch.target.url) == [])
     assert workload.report().stale_reads == 0
     watch.check_undone("rolled_back")
+
+
+DAMAGED = "damage_after_switch"
+
+
+def rows_of(scene: Scene, home: Home) -> dict:
+    return tenant_fingerprints(home.url, home.tables, scene.tenant)
+
+
+async def is_halted(watch: Watch) -> None:
+    await watch.until_row(lambda row: (row["error"] or {}).get("code") == DAMAGED or row["status"] in ENDED)
+    assert (watch.row["status"], watch.row["error"]["code"]) == ("monitoring", DAMAGED), watch.seen
+
+
+FOLLOWED = pytest.mark.parametrize("is_followed_back", [True, False], ids=["followed", "not followed"])
+TINY = 1e-9  # of a gigabyte: more is kept for the way back at once
+
+
+@FOLLOWED
+async def test_a_target_from_before_the_switch_is_not_opened_and_costs_the_source_nothing(
+    spare_server, pg16, make_scene, tmp_path, is_followed_back
+):
+    scene = make_scene(pg16, spare_server, shared=True)
+    core, estate = scene.homes[CORE], scene.homes[ESTATE]
+    watch = scene.watch(keeps_snapshot=False)
+    stage = scene.stage(monitoring_hours=LONG_WINDOW)
+    async with killed(stage):
+        async with scene.writing() as workload:
+            await stage.start(**at("cutover.begun", signal.SIGSTOP))
+            await watch.submit(stage)
+            await until_stopped(stage)
+            await asyncio.to_thread(keep_standby, spare_server, tmp_path / "standby")
+            stage.send_signal(signal.SIGCONT)
+            await watch.until("monitoring")
+            await until_written(workload, 50)
+        await followed_or_not(scene, stage, is_followed_back)
+        kept = rows_of(scene, core)
+        await asyncio.to_thread(fail_over_to, spare_server, tmp_path / "standby")
+        later = scene.stage("later", monitoring_hours=dict.fromkeys(LONG_WINDOW, 0.0))
+        async with killed(later):
+            await later.start()
+            await is_halted(watch)
+        assert rows_of(scene, core) == kept
+        assert estate.execute("select state from mover.fence") == [("closed",)]
+
+
+@FOLLOWED
+async def test_a_target_that_lacks_what_was_written_there_costs_the_source_nothing(
+    spare_server, pg16, make_scene, tmp_path, capture, is_followed_back
+):
+    scene = make_scene(pg16, spare_server, shared=True, capture=capture)
+    watch = scene.watch(keeps_snapshot=False)
+    stage = scene.stage(monitoring_hours=LONG_WINDOW)
+    async with killed(stage):
+        async with scene.writing() as workload:
+            await stage.start()
+            await watch.submit(stage)
+            await watch.until("monitoring")
+            await asyncio.to_thread(keep_standby, spare_server, tmp_path / "standby")
+            await until_written(workload, 100)
+        await followed_or_not(scene, stage, is_followed_back)
+        kept = rows_of(scene, scene.homes[CORE])
+        await asyncio.to_thread(fail_over_to, spare_server, tmp_path / "standby")
+        later = scene.stage("later", monitoring_hours=dict.fromkeys(LONG_WINDOW, 0.0))
+        async with killed(later):
+            await later.start()
+            await is_halted(watch)
+        assert rows_of(scene, scene.homes[CORE]) == kept
+
+
+async def followed_or_not(scene: Scene, stage: Stage, is_followed_back: bool) -> None:
+    """No daemon lives afterwards."""
+    if is_followed_back:
+        await until(lambda: are_equal(scene))
+        return await stage.kill()
+    await stage.kill()
+    giving_up = scene.stage("giving-up", monitoring_hours=LONG_WINDOW, max_retained_gb=TINY)
+    async with killed(giving_up):
+        await giving_up.start()
+        await until(lambda: said(scene, scene.watches[-1], "there is no way back any more: %") != [])
+        await until(lambda: leftovers_of_the_stream(scene.homes[ESTATE]) == [])
 
 
 def drop_slots(home: Home) -> None:

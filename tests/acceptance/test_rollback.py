@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import signal
 
+import psycopg
 import pytest
+from psycopg import sql
 
 from mover.core.migration import Wish
 from mover.demo.schema import schemas
 from tests.acceptance.test_crashes import dies
 from tests.support.acceptance import CORE, ESTATE, Home, Scene, at, clean, killed
-from tests.support.checks import assert_tenant_equal, leftovers
+from tests.support.checks import assert_tenant_equal, leftovers, tenant_fingerprints
 from tests.support.waiting import until
 
 LONG_WINDOW = dict.fromkeys(("schema", "database", "dedicated", "downgrade"), 1.0)  # hours
@@ -181,3 +183,36 @@ def are_equal(scene: Scene) -> bool:
         return assert_tenant_equal(core.url, estate.url, there, scene.tenant) > 0
     except AssertionError:
         return False
+
+
+NEXT_LOOK = """
+update platform.tenant_migrations set tombstone_check_at = now(), lease_until = null where id = %s
+"""
+IS_CLEARED = "select tombstone_check_at is null from platform.tenant_migrations where id = %s"
+
+
+async def test_what_was_abandoned_is_not_cleared_where_the_tenant_lives_again(pg16, pg18, make_scene):
+    """He came back, went again, and what the first migration has left there is due to go."""
+    scene = make_scene(pg16, pg18, shared=True)
+    estate = scene.homes[ESTATE]
+    first, second = (scene.watch(keeps_snapshot=False) for _ in range(2))
+    async with scene.daemon(monitoring_hours=LONG_WINDOW) as stage:
+        await first.submit(stage)
+        await first.until("monitoring")
+        assert (await stage.run("rollback", first.id))[0] == 0
+        await first.until("rolled_back")
+        with psycopg.connect(estate.url) as conn:  # as preflight tells an operator to
+            conn.execute("set session_replication_role = replica")
+            conn.execute("select set_config('mover.tenant', %s, false)", (str(scene.tenant),))
+            for table in estate.tables:
+                delete = sql.SQL("delete from {} where tenant_id = %s").format(sql.Identifier(*table))
+                conn.execute(delete, (scene.tenant,))
+        await second.submit(stage)
+        await second.until("monitoring")
+        await until(lambda: are_equal(scene))
+        rows = tenant_fingerprints(estate.url, estate.tables, scene.tenant)
+        scene.platform.execute(NEXT_LOOK, first.id)
+        await until(lambda: scene.platform.execute(IS_CLEARED, first.id) == [(True,)])
+        assert tenant_fingerprints(estate.url, estate.tables, scene.tenant) == rows
+        assert any(table.count for table in rows.values())
+        await until(lambda: are_equal(scene))

@@ -28,6 +28,7 @@ from mover.core.migration import Claim, Place, Progress, Wish
 from mover.core.secret import Secret
 from mover.core.states import Phase, Status
 from mover.core.tables import Column, Finding, MovedTable, Plan, SequenceRef, Shape
+from mover.core.triggers import Trigger
 from mover.demo.servers import Cluster
 from mover.postgres.platform import check_platform, initialise, missing_route_columns
 from mover.postgres.store import Store
@@ -507,6 +508,21 @@ async def test_a_rollback_that_was_asked_for_is_not_forgotten_over_a_lesser_wish
         assert await store.heartbeat(claim, LEASE_S) is Wish.ROLLBACK
 
 
+@pytest.mark.parametrize("trigger", [Trigger.TIMEOUT, Trigger.TARGET_UNREACHABLE, Trigger.RETAINED])
+async def test_what_takes_too_long_is_not_rolled_back_any_more_once_it_is_switched(
+    pg16: Cluster, make_database: MakeDatabase, trigger: Trigger
+) -> None:
+    """Also in the claim that has switched it."""
+    async with platform(pg16, make_database) as (url, store):
+        claim = await claimed(url, store)
+        await store.enter_phase(claim, Phase.CUTOVER)
+        await store.decide(claim, CORE, ESTATE, {})
+        assert not await store.trigger(claim, trigger, "late")
+        assert await store.heartbeat(claim, LEASE_S) is None
+        assert await store.trigger(claim, Trigger.ERROR_RATE, "badly served")
+        assert await store.heartbeat(claim, LEASE_S) is Wish.ROLLBACK
+
+
 async def test_cancelling_a_paused_migration_that_has_begun_leaves_it_to_be_undone(
     pg16: Cluster, make_database: MakeDatabase
 ) -> None:
@@ -514,7 +530,7 @@ async def test_cancelling_a_paused_migration_that_has_begun_leaves_it_to_be_undo
         claim = await claimed(url, store)
         await store.set_status(claim, Status.PAUSED)
         await store.release(claim)
-        assert await store.claim("two", LEASE_S) is None
+        assert await store.claim("two", LEASE_S, watches=False) is None
         await store.wish(str(claim.migration.id), Wish.CANCEL, "ops")
         undoing = await store.claim("two", LEASE_S)
         assert undoing is not None

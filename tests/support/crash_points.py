@@ -111,8 +111,9 @@ RETURNING = [
     *step("undo.source_ownership", "undo.reopen", "undo.stream", "undo.source_guards", "undo.identity"),
     *around("undo.forget_source", "forgotten.source"),
     "undone",
-    *step("undo.target_ownership", "undo.target_guards"),
+    *step("undo.target_ownership"),
     *around("undo.target_rows", "removal.batch"),
+    *step("undo.target_guards"),
     *around("undo.forget_target", "forgotten.target"),
 ]
 # What only a return passes that nobody has to take up.
@@ -123,7 +124,11 @@ RESYNCHRONISING = [
     "resync.compared",
     "resync.taken_back",
 ]
-RESYNCHRONISING_BACK = [*step("back.stream_anew"), "resync.compared", *step("back.resynchronise")]
+RESYNCHRONISING_BACK = [
+    *step("back.stream_anew"),
+    "resync.compared",
+    *around("back.resynchronise", "resync.taken_back", "copy.chunk_written"),
+]
 # The way back keeps too much.
 GIVING_UP = step("monitor.back_stream", "monitor.back_identity")
 TOMBSTONE = ["tombstone.removed"]
