@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import psycopg
 from psycopg import sql
 
 from mover.core.errors import LockNotAvailable, MoverError, Unreachable
@@ -15,6 +16,10 @@ from mover.postgres import holdings
 from mover.postgres.connect import Database
 
 TIMEOUTS = {"statement_timeout": "5s", "lock_timeout": "1s"}
+READ_ONLY = "25006"  # the database's own setting, and what guards of a place say that a tenant has left
+# Nobody may come in; no such database, schema or table; no right to it; no room; the server itself.
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+UNUSABLE = ("28", "3D", "3F", "42P01", "42501", "53", "58", "XX")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,8 @@ class SyntheticProbe:
         except (Unreachable, LockNotAvailable):  # cannot tell: so many other reasons have these
             raise
         except MoverError as error:
+            if not _is_the_places(error.__cause__):
+                raise
             return f"the tenant cannot write where he is served: {error}"
         return None
 
@@ -52,3 +59,12 @@ class SyntheticProbe:
             "UPDATE {table} SET {column} = {column} WHERE {column} = {tenant} AND (tableoid, ctid) ="
             " (SELECT tableoid, ctid FROM {table} WHERE {column} = {tenant} LIMIT 1 FOR UPDATE SKIP LOCKED)"
         ).format(table=name, column=column, tenant=sql.Literal(str(self.tenant)))
+
+
+def _is_the_places(error: BaseException | None) -> bool:
+    """Whether it says something of the place, and not of the application's triggers, policies or constraints,
+    which may want more of a session than ours knows, and wanted it on the source, too."""
+    if not isinstance(error, psycopg.Error):
+        return False
+    state, is_in_a_function = error.sqlstate or "", error.diag.context is not None
+    return state == READ_ONLY or (state.startswith(UNUSABLE) and not is_in_a_function)

@@ -48,6 +48,36 @@ async def test_a_tenant_who_cannot_write_at_the_target_comes_back(pg16, pg18, ma
     assert facts_of(scene, watch, "billing") == ["refund"]
 
 
+NEEDS_A_USER = """
+create function core_crm.needs_user() returns trigger language plpgsql security definer as $$
+begin
+    perform nextval('public.looks');
+    perform current_setting('app.user');
+    return new;
+end $$
+"""
+
+
+async def test_what_the_applications_triggers_want_of_a_session_brings_nobody_back(pg16, pg18, make_scene):
+    scene = make_scene(pg16, pg18)
+    core = scene.homes[CORE]
+    for home in scene.homes.values():
+        home.execute("create sequence public.looks")
+    core.execute(NEEDS_A_USER)
+    for schema, table in core.tables:
+        core.execute(
+            f"create trigger audit before update on {schema}.{table}"
+            " for each row execute function core_crm.needs_user()"
+        )
+    watch, estate = scene.watch(keeps_snapshot=False), scene.homes[ESTATE]
+    async with scene.daemon(health=QUICK, monitoring_hours=LONG_WINDOW) as stage:
+        await watch.submit(stage)
+        await watch.until("monitoring")
+        looks = "select pg_sequence_last_value('public.looks')"
+        await until(lambda: (estate.execute(looks)[0][0] or 0) > 2 * QUICK["failures"])
+        assert (watch._read()["status"], audited(scene, watch)) == ("monitoring", [])
+
+
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Prometheus")
 async def test_a_tenant_whose_error_rate_spikes_comes_back(pg16, pg18, make_scene, tmp_path):
     scene = make_scene(pg16, pg18)
