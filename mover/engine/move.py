@@ -137,6 +137,8 @@ class Move:
 
     async def run(self) -> Status:
         """From where the journal stands to `completed`, or to the next look at the monitoring window."""
+        if self.claim.migration.status is Status.MONITORING:
+            await self._bound_the_way_back()
         if self.journal.was_reached(Phase.CUTOVER) and await self._settle_earlier():
             plan = await self._stored_plan()
         else:
@@ -256,6 +258,7 @@ class Move:
             return True
         if self.switched_at_s is not None:
             await self._must_have_been_opened()
+            await self._fence_again()
         switched = await self._settle(self._ends)
         self.may_rest = True
         return switched
@@ -271,6 +274,21 @@ class Move:
                 f" before the switch, for its fence is {state}",
                 hint="Restore the target from later. The source keeps its rows, and what it has followed.",
             )
+
+    async def _fence_again(self) -> None:
+        """A source from before the switch knows nothing of it: the tenant could write on both sides."""
+        fence = self.site.source_fence
+        if await fence.state() != "open":
+            return
+        await fence.get_ready()
+        try:
+            await fence.close(self.limits.pause_budget_s)
+            await fence.move_away()
+        finally:
+            await fence.let_go()
+        why = "the source, from before the switch, was open: what was written there since is on it alone"
+        await self.journal.say(why, "error")
+        await self.store.save_note(self.claim, DAMAGE, why)
 
     async def _begin(self) -> Plan:
         """The phases before rows flow; a plan that was stored is kept."""
@@ -604,6 +622,17 @@ class Move:
             await self.store.save_note(self.claim, DAMAGE, str(error))
             await self.way_back.give_up("the source and the target that it follows differ")
             raise
+
+    async def _bound_the_way_back(self) -> None:
+        """Asks the target alone, which serves others, too: it does not fill while the source is away."""
+        if await self.way_back.shape() is None:
+            return
+        try:
+            await self.way_back.check_kept(self.limits.max_retained_bytes)
+        except KeepsTooMuch as error:
+            await self.site.own_target()
+            await self.way_back.give_up(str(error))
+            await self.journal.say(f"there is no way back any more: {error}", "error")
 
     async def _follow_back(self, shape: Shape) -> None:
         async with self._showing(self.way_back.open(shape)) as flow:

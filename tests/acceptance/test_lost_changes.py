@@ -186,6 +186,30 @@ async def test_a_target_that_lacks_what_was_written_there_costs_the_source_nothi
         assert rows_of(scene, scene.homes[CORE]) == kept
 
 
+async def test_a_source_from_before_the_switch_is_fenced_again(spare_server, pg18, make_scene, tmp_path):
+    """Otherwise whoever has an old route writes beside the target."""
+    scene = make_scene(spare_server, pg18, shared=True, platform=pg18)
+    core = scene.homes[CORE]
+    watch = scene.watch(keeps_snapshot=False)
+    stage = scene.stage(monitoring_hours=LONG_WINDOW)
+    async with killed(stage):
+        await stage.start(**at("cutover.begun", signal.SIGSTOP))
+        await watch.submit(stage)
+        await until_stopped(stage)
+        await asyncio.to_thread(keep_standby, spare_server, tmp_path / "standby")
+        stage.send_signal(signal.SIGCONT)
+        await watch.until("monitoring")
+        await stage.kill()
+        await asyncio.to_thread(fail_over_to, spare_server, tmp_path / "standby")
+        assert core.execute("select state from mover.fence") == [("open",)]
+        await stage.start()
+        await is_halted(watch)
+        assert core.execute("select state from mover.fence") == [("moved",)]
+        watch._check_tombstone()
+    for home in (core, scene.homes[ESTATE]):
+        assert any(table.count for table in rows_of(scene, home).values())
+
+
 async def followed_or_not(scene: Scene, stage: Stage, is_followed_back: bool) -> None:
     """No daemon lives afterwards."""
     if is_followed_back:

@@ -6,9 +6,12 @@ import asyncio
 import re
 import signal
 from pathlib import Path
+from uuid import UUID
 
 import psycopg
 
+from mover.core.ids import MigrationId
+from mover.postgres import publication
 from tests.acceptance.test_lost_changes import said
 from tests.acceptance.test_rollback import until_written
 from tests.support.acceptance import CORE, ESTATE, Home, Scene, Watch, at, clean, killed, until_stopped
@@ -40,7 +43,8 @@ def run(name: str, watch: Watch) -> list[tuple]:
     """As psql would: the last result."""
     place, text = BLOCKS[name]
     home: Home = {"platform": watch.scene.platform, "source": watch.source, "target": watch.target}[place]
-    for variable, value in (("id", watch.id), ("tenant", watch.tenant)):
+    slot = publication.name_of(MigrationId(UUID(watch.id)))
+    for variable, value in (("id", watch.id), ("tenant", watch.tenant), ("slot", slot)):
         text = text.replace(f":'{variable}'", f"'{value}'")
     with psycopg.connect(home.url, autocommit=True) as conn:
         cursor = conn.execute(text)

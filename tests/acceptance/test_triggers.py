@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import pytest
 
 from tests.acceptance.test_lifecycle import metric
 from tests.acceptance.test_lost_changes import said
+from tests.acceptance.test_rollback import LONG_WINDOW
 from tests.support.acceptance import (
     CORE,
     ESTATE,
@@ -150,6 +152,27 @@ async def test_looking_after_a_paused_migration_leaves_its_error_and_its_status(
             await watch.until("completed")
         clean(workload.report())
     watch.check_completed()
+
+
+async def test_what_is_kept_for_the_way_back_is_bounded_while_the_source_is_away(
+    spare_server, pg18, make_scene
+):
+    """The target's disk is the other tenants', too."""
+    scene = make_scene(spare_server, pg18, platform=pg18)
+    watch, estate = scene.watch(keeps_snapshot=False), scene.homes[ESTATE]
+    slots = "select slot_name from pg_replication_slots where database = current_database()"
+    async with scene.daemon(monitoring_hours=LONG_WINDOW) as stage:
+        await watch.submit(stage)
+        await watch.until("monitoring")
+        await until(lambda: len(estate.execute(slots)) == 1)
+    await asyncio.to_thread(spare_server.stop_immediately)
+    try:
+        async with scene.daemon("later", monitoring_hours=LONG_WINDOW, max_retained_gb=TINY):
+            await until(lambda: said(scene, watch, NO_WAY_BACK) != [])
+            await until(lambda: estate.execute(slots) == [])
+            assert watch._read()["status"] == "monitoring"
+    finally:
+        await asyncio.to_thread(spare_server.come_back)
 
 
 async def test_what_is_kept_for_the_way_back_is_bounded_too(pg16, pg18, make_scene):
