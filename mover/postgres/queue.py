@@ -72,6 +72,8 @@ class ClaimStore:
             old = Phase(row["phase"]) if row["phase"] else None
             if Status(row["status"]) is not Status.ROLLING_BACK:
                 _check_phase(old, phase, claim)
+            if old is not phase is Phase.CLEANUP and row["wish"] == Wish.ROLLBACK.value:
+                raise Conflict("a rollback was asked for: the source is not cleaned", where=_where(claim))
             await conn.execute(_QUERIES["enter_phase"], {"id": claim.migration.id, "phase": phase.value})
 
     async def set_status(

@@ -60,7 +60,8 @@ returning id
 
 -- name: lock_claim
 -- FOR UPDATE until commit: the epoch cannot rise, nor the status change, beside what follows. Repeatable.
-select status, phase, switched_at is not null as switched, rolled_back_at is not null as returned, tenant_id
+select status, phase, wish, switched_at is not null as switched, rolled_back_at is not null as returned,
+       tenant_id
   from platform.tenant_migrations
  where id = %(id)s and epoch = %(epoch)s
    for update

@@ -523,6 +523,19 @@ async def test_what_takes_too_long_is_not_rolled_back_any_more_once_it_is_switch
         assert await store.heartbeat(claim, LEASE_S) is Wish.ROLLBACK
 
 
+async def test_a_rollback_that_was_accepted_keeps_the_source_from_being_cleaned(
+    pg16: Cluster, make_database: MakeDatabase
+) -> None:
+    async with platform(pg16, make_database) as (url, store):
+        claim = await claimed(url, store)
+        await store.enter_phase(claim, Phase.CUTOVER)
+        await store.decide(claim, CORE, ESTATE, {})
+        assert await store.trigger(claim, Trigger.ERROR_RATE, "badly served")
+        with pytest.raises(Conflict, match="a rollback was asked for"):
+            await store.enter_phase(claim, Phase.CLEANUP)
+        assert await store.heartbeat(claim, LEASE_S) is Wish.ROLLBACK
+
+
 async def test_cancelling_a_paused_migration_that_has_begun_leaves_it_to_be_undone(
     pg16: Cluster, make_database: MakeDatabase
 ) -> None:
