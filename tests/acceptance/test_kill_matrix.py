@@ -18,6 +18,7 @@ import pytest
 from mover.core.ids import Capture
 from mover.core.migration import Wish
 from mover.demo.stage import Stage
+from mover.engine.losses import LOST, LOST_BACK
 from tests.acceptance.test_rollback import LONG_WINDOW
 from tests.conftest import every_combination
 from tests.support.acceptance import Home, Scene, Watch, at, clean, lives, until_stopped
@@ -49,9 +50,9 @@ select status in ('completed', 'cancelled', 'rolled_back')
   from platform.tenant_migrations where id = %s
 """
 TOLD = "select facts from platform.migration_events where migration_id = %s"
-OTHER_SERVER = """
-update platform.tenant_migrations set notes = jsonb_set(notes, '{servers,%s}', '"7/1"') where id = %%s
-"""
+LOSE = (
+    "update platform.tenant_migrations set notes = notes || jsonb_build_object(%s::text, true) where id = %s"
+)
 TINY, SECONDS = 1e-9, 1 / 86_400  # of a gigabyte; of a day
 
 
@@ -100,9 +101,9 @@ class Chain:
     async def wish(self, wish: Wish) -> None:
         await self.scene.wish(self.watch, wish)
 
-    def lose(self, side: str) -> None:
-        """As if another server stood for this side's: nobody knows what it lacks."""
-        self.scene.platform.execute(OTHER_SERVER % side, self.watch.id)
+    def lose(self, note: str) -> None:
+        """As if the slot were gone: nobody knows what the other side lacks."""
+        self.scene.platform.execute(LOSE, note, self.watch.id)
 
     async def until_nothing_is_left(self, home: Home) -> None:
         """By whoever looks next; a lease need not run out."""
@@ -219,7 +220,7 @@ async def test_a_tenant_comes_back(pg16, pg18, make_scene, points, capture, blow
 async def test_lost_changes_are_made_good(pg16, pg18, make_scene, capture, blow):
     async with chain(make_scene(pg16, pg18, shared=True, capture=capture), blow) as made:
         await made.begin("verify.begun")
-        made.lose("source")
+        made.lose(LOST)
         await made.meet(RESYNCHRONISING)
         await made.go_on("completed")
     made.watch.check_completed()
@@ -232,7 +233,7 @@ async def test_lost_changes_are_made_good_on_the_way_back(pg16, pg18, make_scene
         await made.begin()
         await made.watch.until("monitoring")
         await made.stages[0].kill()
-        made.lose("target")
+        made.lose(LOST_BACK)
         await made.meet(RESYNCHRONISING_BACK)
         await made.wish(Wish.ROLLBACK)
         await made.go_on("rolled_back")
