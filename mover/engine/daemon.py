@@ -209,9 +209,7 @@ class Work:
             error=str(error),
             exc_info=error if error.__cause__ is not None else None,
         )
-        if (
-            self.claim.migration.status is Status.PAUSED
-        ):  # whatever it is, the operator knows already, or will
+        if self.claim.migration.status is Status.PAUSED:  # its own error stays, and is the operator's
             return await self.store.release(self.claim, PAUSED_LOOK_S)
         if isinstance(error, VerificationFailed):
             self.progress.evidence["mismatches"] = list(error.evidence)
@@ -256,9 +254,8 @@ class Work:
         delay = min(HALF_DONE_S if self._is_half_done else longest, first * 2 ** (self.failures[key] - 1))
         self._pass_time(delay)
         attempt_s = self.clock.monotonic() - self._began_at
-        failed_s = (
-            self.progress.failing_s + attempt_s if attempt_s < longest else 0
-        )  # else it got on meanwhile
+        # What has lasted longer has got on meanwhile.
+        failed_s = self.progress.failing_s + attempt_s if attempt_s < longest else 0
         self.progress.failing_s = failed_s + delay
         self.progress.waiting_for = f"{error}; trying again in {delay:.0f} s"
         await self._save()

@@ -280,15 +280,15 @@ class Move:
         fence = self.site.source_fence
         if await fence.state() != "open":
             return
-        await fence.get_ready()
+        why = "the source, from before the switch, was open: what was written there since is on it alone"
+        await self.store.save_note(self.claim, DAMAGE, why)  # first: once it is fenced nothing tells of it
+        await self.journal.say(why, "error")
         try:
+            await fence.get_ready()
             await fence.close(self.limits.pause_budget_s)
             await fence.move_away()
         finally:
             await fence.let_go()
-        why = "the source, from before the switch, was open: what was written there since is on it alone"
-        await self.journal.say(why, "error")
-        await self.store.save_note(self.claim, DAMAGE, why)
 
     async def _begin(self) -> Plan:
         """The phases before rows flow; a plan that was stored is kept."""

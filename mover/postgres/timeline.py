@@ -28,23 +28,15 @@ async def left_at(database: Database, known: str) -> Lsn | None:
     system, timeline = (await identity(database)).split("/")
     if system != known_system:
         return None
-    if timeline == known_timeline:
-        return await _written_up_to(database)
     try:
         async with database.connect_replication("timeline") as conn:
+            # A number of our own: replication commands take no parameters.
             row = await (await conn.execute(f"TIMELINE_HISTORY {int(timeline, 16)}".encode())).fetchone()
     except MoverError as error:
         if error.remedy is Remedy.RETRY:
             raise
         return None
     return None if row is None else _end_of(int(known_timeline, 16), row[1])
-
-
-async def _written_up_to(database: Database) -> Lsn:
-    async with database.borrow("identity") as conn:
-        row = await (await conn.execute("SELECT pg_current_wal_insert_lsn()::text")).fetchone()
-    assert row is not None
-    return Lsn.parse(row[0])
 
 
 def _end_of(timeline: int, history: bytes | str) -> Lsn | None:
